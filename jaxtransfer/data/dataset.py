@@ -1,0 +1,137 @@
+"""The record of what was read: rows with their places, texts and classes checked on the way out."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtransfer.tree.paths import natural
+
+
+class DataError(ValueError):
+    """Data that cannot be used: what is wrong, where, and what was expected."""
+
+
+class Row(NamedTuple):
+    """One record and its place: ``"reviews.csv, line"``, 7, ``{"text": ..., "label": ...}``."""
+
+    place: str
+    number: int
+    values: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """The place in words: ``"reviews.csv, line 7"``."""
+        return f"{self.place} {self.number}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Records in memory: a sequence of dictionaries under the task's column names.
+
+    Attributes:
+      path: what was read.
+      columns: the task's columns.
+      rows: the records with the places they come from.
+      digest: SHA-256 of the file read; of the files' SHA-256 where there are several; of the records elsewhere.
+      notes: what was left out and why, for the log.
+    """
+
+    path: str
+    columns: tuple[str, ...]
+    rows: Sequence[Row] = dataclasses.field(repr=False)
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index].values
+
+    def strings(self, column: str) -> list[str]:
+        """The texts of a column, none of them blank.
+
+        Raises:
+          DataError: a value that is no text or an empty one, with its line.
+        """
+        for row in self.rows:
+            value = row.values[column]
+            if not isinstance(value, str):
+                raise DataError(f"{row.where}: {column} is {value!r}, expected a text")
+            if not value.strip():
+                raise DataError(f"{row.where}: {column} is empty")
+        return [row.values[column] for row in self.rows]
+
+    def classes(self, column: str) -> tuple[str, ...]:
+        """The different labels of a column in natural order; the integer 3 is the label ``"3"``."""
+        return tuple(sorted({_label(row, column) for row in self.rows}, key=natural))
+
+    def class_ids(self, column: str, labels: Sequence[str]) -> np.ndarray:
+        """Each label's position among ``labels``: (N,) int32. A whole number that is no name counts into ``labels``.
+
+        Raises:
+          DataError: a label that is not among them, with its line.
+
+        Example:
+          >>> from_records([{"label": "good"}, {"label": 0}]).class_ids("label", ["bad", "good"])
+          array([1, 0], dtype=int32)
+        """
+        ids = {str(i): i for i in range(len(labels))} | {label: i for i, label in enumerate(labels)}
+        for row in self.rows:
+            if (label := _label(row, column)) not in ids:
+                raise DataError(f"{row.where}: {column} {label!r} is unknown; known: {', '.join(labels)}")
+        return np.array([ids[_label(row, column)] for row in self.rows], np.int32)
+
+
+def from_records(records: Sequence[Mapping[str, Any]], name: str = "records") -> Dataset:
+    """A data set of records in memory.
+
+    Raises:
+      DataError: no records, or one with other columns than the first.
+    """
+    if not records:
+        raise DataError(f"{name}: no records")
+    columns = tuple(records[0])
+    rows = [rename(Row(f"{name}, record", i, dict(r)), {c: c for c in columns}) for i, r in enumerate(records)]
+    return Dataset(name, columns, rows, digest_rows(rows))
+
+
+def rename(row: Row, wanted: Mapping[str, str]) -> Row:
+    """The row's wanted columns alone, under the task's names.
+
+    Raises:
+      DataError: a column that the row has not.
+    """
+    for column in wanted.values():
+        if column not in row.values:  # the message is made for the one row that needs it
+            check_columns(row.where, wanted.values(), row.values)
+    return row._replace(values={name: row.values[column] for name, column in wanted.items()})
+
+
+def check_columns(where: str, wanted: Iterable[str], known: Iterable[str]) -> None:
+    """Raises :class:`DataError` for the first wanted column that is not among the known ones."""
+    known = list(known)
+    for column in wanted:
+        if column not in known:
+            raise DataError(f"{where}: no column {column!r}; it has {', '.join(map(str, known))}")
+
+
+def _label(row: Row, column: str) -> str:
+    value = row.values[column]
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, (int, np.integer)):
+        return str(value).lower() if isinstance(value, bool) else str(int(value))
+    raise DataError(f"{row.where}: {column} is {value!r}, expected a name or a whole number")
+
+
+def digest_rows(rows: Sequence[Row]) -> str:
+    """SHA-256 of the records, as JSON lines: the identity of data that has no file."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(json.dumps(row.values, sort_keys=True, default=repr).encode() + b"\n")
+    return sha.hexdigest()

@@ -1,0 +1,124 @@
+r"""File formats: the bytes of one file into rows, each with the line that an error message names.
+
+Text is decoded strictly, and only ``\n`` ends a line: real corpora hold the other characters that Python's
+``splitlines`` breaks at.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+from jaxtransfer.data.catalogs import first_line
+from jaxtransfer.data.dataset import DataError, Row, check_columns
+
+
+def jsonl(data: bytes, name: str, encoding: str) -> Iterator[Row]:
+    """JSON lines: one object a line."""
+    for number, line in _lines(data, name, encoding):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise DataError(f"{name}, line {number}: is not JSON ({problem}): {_short(line)}") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{name}, line {number}: expected one JSON object a line, got {_short(line)}")
+        yield Row(f"{name}, line", number, values)
+
+
+def csv_(data: bytes, name: str, encoding: str, delimiter: str) -> Iterator[Row]:
+    """Comma-separated values with a header line; a quoted field may hold delimiters, quotes and line ends."""
+    text = decode(data, name, encoding).rstrip("\r\n")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header, line = next(reader, []), reader.line_num
+        _check_header(header, name)
+        for fields in reader:
+            yield _row(name, line + 1, header, fields)
+            line = reader.line_num
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: {error}") from None
+
+
+def tsv(data: bytes, name: str, encoding: str, delimiter: str) -> Iterator[Row]:
+    """Tab-separated values with a header line; quotes are characters like any other, as IANA has it."""
+    header: list[str] | None = None
+    for number, line in _lines(data, name, encoding):
+        fields = line.split(delimiter)
+        if header is None:
+            header = fields
+            _check_header(header, name)
+        else:
+            yield _row(name, number, header, fields)
+
+
+def lines(data: bytes, name: str, encoding: str, pattern: str) -> Iterator[Row]:
+    """Plain lines, each full-matched by a regular expression whose named groups are the columns."""
+    regex = re.compile(pattern)
+    for number, line in _lines(data, name, encoding):
+        if (found := regex.fullmatch(line)) is None:
+            raise DataError(f"{name}, line {number}: pattern {pattern!r} does not match {_short(line)}")
+        yield Row(f"{name}, line", number, found.groupdict())
+
+
+def parquet(data: bytes, name: str, wanted: Sequence[str]) -> Iterator[Row]:
+    """The wanted columns of a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        check_columns(name, wanted, file.schema_arrow.names)
+        for start, values in enumerate(file.read(columns=list(wanted)).to_pylist()):
+            yield Row(f"{name}, row", start, values)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: is not readable as Parquet: {first_line(error)}") from None
+
+
+def decode(data: bytes, name: str, encoding: str) -> str:
+    r"""Bytes into text, strictly; a byte order mark is dropped.
+
+    Raises:
+      DataError: bytes that are not text in this encoding, with their offset and line.
+
+    Example:
+      >>> decode(b"good\nbad \xff", "x.csv", "utf-8")
+      Traceback (most recent call last):
+      jaxtransfer.data.dataset.DataError: x.csv, line 2: byte 0xff at offset 9 is not utf-8; set encoding
+    """
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}, line {line}: byte 0x{data[error.start]:02x} at offset {error.start} is not {encoding}; "
+            "set encoding"
+        ) from None
+
+
+def _lines(data: bytes, name: str, encoding: str) -> Iterator[tuple[int, str]]:
+    text = decode(data, name, encoding).rstrip("\r\n")
+    for number, line in enumerate(text.split("\n") if text else [], 1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            raise DataError(f"{name}, line {number}: is empty")
+        yield number, line
+
+
+def _check_header(header: list[str], name: str) -> None:
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise DataError(f"{name}: its header names {', '.join(twice)} twice")
+
+
+def _row(name: str, number: int, header: list[str], fields: list[str]) -> Row:
+    if len(fields) != len(header):
+        raise DataError(
+            f"{name}, line {number}: {len(fields)} fields, the header has {len(header)} ({', '.join(header)})"
+        )
+    return Row(f"{name}, line", number, dict(zip(header, fields, strict=True)))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
