@@ -1,0 +1,7 @@
+"""``python -m jaxtransfer``."""
+
+import sys
+
+from jaxtransfer.cli import main
+
+sys.exit(main())

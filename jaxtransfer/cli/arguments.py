@@ -1,0 +1,148 @@
+"""Arguments: the commands, their options, and the overrides of a configuration's keys."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jaxtransfer.config import Config, keys
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    unexpected failure; --debug shows the traceback
+  2    wrong usage, or a configuration that cannot be read
+  3    data that cannot be read
+  4    a source, rules, or a checkpoint that does not fit
+  5    stopped: too many non-finite steps in a row
+  130  interrupted (SIGINT)
+  141  the reader of the output went away (SIGPIPE)
+  143  terminated (SIGTERM); a run has saved, and `jaxtransfer resume` goes on
+"""
+
+_CONFIGURED = ("run", "explain")  # the commands that take overrides
+_OVERRIDE = re.compile(r"--(\w+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
+
+
+class UsageError(ValueError):
+    """Arguments that the command does not take."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line; ``overrides`` holds the ``--key.sub value`` pairs of `run` and `explain`.
+
+    Raises:
+      UsageError: an unknown command, option or choice, or a missing argument.
+    """
+    top = _Parser(
+        prog="jaxtransfer",
+        description="Adapt any pre-trained checkpoint to your task, and know whether the transfer helped.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=_version())
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_commands(top.add_subparsers(dest="command", metavar="COMMAND", required=True))
+    rest, overrides = split_overrides(argv)
+    return top.parse_args(rest, argparse.Namespace(overrides=overrides))
+
+
+def _add_commands(commands: Any) -> None:
+    def command(name: str, description: str, **about: Any) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=description, description=f"{description}.", allow_abbrev=False, **about)
+        parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return parser
+
+    for name, description in (
+        ("run", "Train, evaluate, report and export"),
+        ("explain", "Show what would train, and at what cost, before anything is compiled"),
+    ):
+        about = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _keys()}
+        parser = command(name, description, usage=f"jaxtransfer {name} CONFIG [--key.sub value ...]", **about)
+        parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+
+    inspect = command("inspect", "Show a source: parameters, licence, lineage, and which rules match")
+    inspect.add_argument("ref", metavar="SOURCE", help="a folder, a hub id, or python:PACKAGE/FOLDER")
+    inspect.add_argument("--rules", metavar="CONFIG", help="a configuration whose adapt.rules are matched")
+    inspect.add_argument("--revision", help="of a hub id")
+
+    evaluate = command("evaluate", "Measure the model of a run on its test data, or on other data")
+    evaluate.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    evaluate.add_argument("--data", metavar="PATH", help="a file with the columns of the run's test data")
+
+    predict = command("predict", "Classify texts: a table at a terminal, JSON lines otherwise")
+    predict.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    texts = predict.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
+    texts.add_argument("--file", metavar="PATH", help="UTF-8, a text on each line")
+    texts.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="a text on each line of the input")
+
+    export = command("export", "Write the model of a run for others to load")
+    export.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    export.add_argument("--to", metavar="DIR", help="by default inside the run's folder")
+    export.add_argument("--format", choices=["hf", "orbax"], default="hf", help="by default hf")
+
+    command("resume", "Go on with a run that was stopped").add_argument("run", metavar="RUN", help="its folder")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes the overrides out of the arguments of `run` and `explain`, wherever they stand.
+
+    An override is an option with a dot in its name, or one named like a top-level key of the configuration.
+
+    Raises:
+      UsageError: an override without a value.
+
+    Example:
+      >>> split_overrides(["run", "--optimizer.lr", "1e-3", "demo.yaml", "--study=null", "--debug"])
+      (['run', 'demo.yaml', '--debug'], [('optimizer.lr', '1e-3'), ('study', 'null')])
+    """
+    if next((word for word in argv if not word.startswith("-")), None) not in _CONFIGURED:
+        return list(argv), []
+    top = {field.name for field in dataclasses.fields(Config)}
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    words = iter(argv)
+    for word in words:
+        found = _OVERRIDE.fullmatch(word)
+        if not found or not ("." in found[1] or found[1] in top):
+            rest.append(word)
+            continue
+        value = next(words, None) if found[2] is None else found[2]
+        if value is None or (found[2] is None and value.startswith("--")):
+            raise UsageError(f"--{found[1]}: needs a value, null for none; see jaxtransfer {rest[0]} --help")
+        overrides.append((found[1], value))
+    return rest, overrides
+
+
+def _keys() -> str:
+    """The keys of a configuration as an option list; the three data sets take the same ones."""
+    rows = [row for row in keys() if not row[0].startswith(("data.validation.", "data.test."))]
+    width = max(len(key) for key, _, _ in rows) + 4
+    lines = [
+        f"  {f'--{key}':<{width}}{kind}{'' if default is None else f'; default {default}'}"
+        for key, kind, default in rows
+    ]
+    return "\n".join(
+        [
+            "every key of the configuration can be set, to YAML (quote lists: '[0, 1]'):",
+            *lines,
+            "data.validation and data.test have the keys of data.train, or are null; optimizer.groups.NAME has",
+            "those of optimizer down to eps; out is by default runs/ and the name of CONFIG",
+        ]
+    )
+
+
+def _version() -> str:
+    try:
+        return f"jaxtransfer {importlib.metadata.version('jaxtransfer')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "jaxtransfer (not installed)"

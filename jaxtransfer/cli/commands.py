@@ -1,0 +1,97 @@
+"""Commands: each reads its options into one call of ``job``, and shows what comes back."""
+
+import importlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtransfer import config
+from jaxtransfer.cli.arguments import UsageError
+from jaxtransfer.cli.tables import plain, show
+from jaxtransfer.data.sources import DataError
+
+
+def run(options: Namespace) -> None:
+    """Train, evaluate, report and export."""
+    console = _console()
+    show(_job().run(config.load(options.config, options.overrides), console=console), console)
+
+
+def explain(options: Namespace) -> None:
+    """Show the groups of parameters."""
+    show(_job().explain(config.load(options.config, options.overrides)), _console())
+
+
+def inspect(options: Namespace) -> None:
+    """Show a source."""
+    rules = config.load(options.rules).adapt.rules if options.rules else ()
+    if options.rules and not rules:
+        raise UsageError(f"--rules: {options.rules} has no adapt.rules")
+    show(_job().inspect(options.ref, rules=rules, revision=options.revision), _console())
+
+
+def evaluate(options: Namespace) -> None:
+    """Measure a run's model."""
+    show(_job().evaluate(Path(options.run), data=options.data), _console())
+
+
+def predict(options: Namespace) -> None:
+    """Classify texts; rows are printed as they come."""
+    predictions = _job().predict(Path(options.run), options.text or _lines(options.file or options.stdin))
+    if sys.stdout.isatty():
+        show(list(predictions), _console())
+        return
+    for prediction in predictions:
+        print(json.dumps(plain(prediction), ensure_ascii=False), flush=True)
+
+
+def export(options: Namespace) -> None:
+    """Write a run's model."""
+    out = Path(options.to) if options.to else None
+    show({"exported": _job().export(Path(options.run), out, format=options.format)}, _console())
+
+
+def resume(options: Namespace) -> None:
+    """Go on with a run."""
+    console = _console()
+    show(_job().resume(Path(options.run), console=console), console)
+
+
+COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
+    "run": run,
+    "explain": explain,
+    "inspect": inspect,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "resume": resume,
+}
+
+
+def _job() -> Any:
+    """The room that does the work, and imports all that it needs, only once a command is understood."""
+    return importlib.import_module("jaxtransfer.job")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # In a file or a pipe a table is as wide as it needs to be.
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 1000)
+
+
+def _lines(name: str) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input for ``-``; only a line feed ends one."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        lines = data.decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+    if blank := [i for i, line in enumerate(lines, 1) if not line.strip()]:
+        raise DataError(f"{name}, line {blank[0]}: is empty; every line is a text to classify")
+    return [line.removesuffix("\r") for line in lines]
