@@ -1,0 +1,159 @@
+"""The checkpoints of one run: written in the background, kept by number, the last good one found again."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from jax.sharding import Mesh
+
+from jaxtransfer.checkpoint import store
+from jaxtransfer.checkpoint.manifest import (
+    CheckpointError,
+    DamagedError,
+    candidates,
+    discard,
+    fsync,
+    steps,
+    sweep,
+    verify,
+)
+from jaxtransfer.checkpoint.reading import restore
+from jaxtransfer.tree.rules import Rules
+from jaxtransfer.types import Lineage, State
+
+
+class Checkpointer:
+    """Saves a run's steps under ``root/<step>``, and keeps the last ``keep`` and the best.
+
+    Use it as a context manager: leaving it waits for the save under way. It does not lock the folder; see `RunLock`.
+
+    Args:
+      root: the folder of the run's checkpoints; what dead writers left in it is removed.
+      lineage: of the source; steps made from another source are refused.
+      keep: how many of the last steps stay, at least one.
+      best: a step that stays whatever comes; see :meth:`protect`.
+      async_: write in the background; :meth:`save` then returns once the arrays have left the devices.
+    """
+
+    def __init__(
+        self, root: str | Path, *, lineage: Lineage, keep: int = 2, best: int | None = None, async_: bool = True
+    ):
+        if keep < 1:
+            raise CheckpointError(f"{root}: keep={keep}, but at least the last step must stay")
+        self.root, self.lineage, self.keep, self.best, self.async_ = Path(root), lineage, keep, best, async_
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            sweep(self.root)
+        except OSError as error:
+            raise CheckpointError(
+                f"{root}: cannot hold checkpoints: {error.strerror}; choose another folder"
+            ) from error
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._last: int | None = None  # saved, or being saved
+
+    def save(self, step: int, state: State, frozen: Any, extra: Mapping[str, Any] | None = None) -> None:
+        """Saves a step; once it returns, the state may be donated.
+
+        Raises:
+          CheckpointError: this save cannot begin (the step exists, the disk is full), or the one before it failed.
+        """
+        self.wait()
+        path = self.root / str(step)
+        snap = store.snapshot(state, frozen, self.lineage, extra)
+        store.check_room(path, snap)
+        finish = store.begin(path, snap)
+        if self.async_:
+            self._thread = threading.Thread(target=self._finish, args=(finish,), name=f"save {path}")
+            self._thread.start()
+        else:
+            finish()
+            self._retire()
+        self._last = step
+
+    def _finish(self, finish: Callable[[], None]) -> None:
+        try:
+            finish()
+            self._retire()
+        except BaseException as error:  # raised where the caller can see it, by `wait`
+            self._error = error
+
+    def _retire(self) -> None:
+        """Deletes the steps that need not stay, but only once the newest of all is known to be whole to the byte."""
+        found = steps(self.root)
+        doomed = [step for step in found[: -self.keep] if step != self.best]
+        if doomed:
+            verify(self.root / str(found[-1]))
+        for step in doomed:
+            try:
+                discard(self.root / str(step))
+            except OSError as error:
+                raise CheckpointError(f"{self.root / str(step)}: cannot be deleted: {error.strerror}") from error
+
+    def protect(self, step: int) -> None:
+        """Makes a step the best one, which stays; the one that was best before no longer does.
+
+        Raises:
+          CheckpointError: there is no such step, and it was not the one saved last.
+        """
+        if step != self._last and step not in (found := steps(self.root)):
+            raise CheckpointError(f"{self.root}: has no step {step} to protect, only {found}")
+        self.best = step
+
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          CheckpointError: it failed, or the retention after it did.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """The same as :meth:`wait`, at the end."""
+        self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def restore_latest(
+        self, like: State | tuple[State, Any], *, mesh: Mesh | None = None, sharding: Rules = ()
+    ) -> tuple[State, Any, dict[str, Any]] | None:
+        """Restores the last good step, or returns None where there is none; arguments as for ``restore``.
+
+        Later steps that are damaged are set aside, renamed to ``<step>.damaged``, with one warning.
+
+        Raises:
+          TreeError, CheckpointError: the last good step does not fit; nothing is set aside for that.
+        """
+        self.wait()
+        damaged: list[str] = []
+        restored = None
+        for step in reversed(candidates(self.root)):
+            try:
+                restored = restore(self.root / str(step), like=like, mesh=mesh, sharding=sharding, lineage=self.lineage)
+            except DamagedError as error:
+                damaged.append(f"{error} (now {self._set_aside(step)})")
+            if restored is not None:
+                break
+        if damaged:
+            then = "no earlier step is left" if restored is None else f"went back to step {step}"
+            warnings.warn(f"{self.root}: {'; '.join(damaged)}; {then}", stacklevel=2)
+        return restored
+
+    def _set_aside(self, step: int) -> str:
+        names = (f"{step}.damaged{suffix}" for suffix in ("", *(f".{i}" for i in range(1, 1000))))
+        name = next(name for name in names if not (self.root / name).exists())
+        os.rename(self.root / str(step), self.root / name)
+        fsync(self.root)
+        return name

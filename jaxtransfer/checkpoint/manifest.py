@@ -1,0 +1,219 @@
+"""The verified manifest: size and CRC-32 of every file, written last. What it does not confirm does not exist.
+
+A checkpoint is a folder. It is written under a temporary name, every file and folder is flushed to the disk, the
+manifest last, and only then is it renamed to its own name: a reader sees all of it or nothing. The manifest carries its
+own checksum, so a change of any byte of any file is found before the byte is used.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+META = "meta.json"
+FORMAT = "jaxtransfer-checkpoint"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_LEFTOVER = re.compile(r"\..+\.(tmp|trash)-[0-9a-f]{12}")
+_BLOCK = 1 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, or cannot be restored here; the message says what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint's files are not those that were written; the message names the first that differs."""
+
+
+def steps(root: str | Path) -> list[int]:
+    """The steps under ``root`` that can be restored, in numeric order: what discovery goes by.
+
+    A folder counts if its name is a plain integer, it has a manifest of ours written for that name, and every file of
+    the manifest is there with its size. Everything else (empty, foreign, half-deleted, copied, temporary, a link) is
+    passed over. Checksums are left to :func:`verify` and ``restore``.
+
+    Example:
+      >>> steps("no/such/folder")
+      []
+    """
+    return [step for step in candidates(root) if _is_whole(Path(root) / str(step))]
+
+
+def latest(root: str | Path) -> int | None:
+    """The last of :func:`steps`, or None."""
+    return max(steps(root), default=None)
+
+
+def candidates(root: str | Path) -> list[int]:
+    """Steps that bear any mark of ours, whole or not, in numeric order."""
+    root = Path(root)
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)] if root.is_dir() else []
+    ours = (name for name in names if _STEP.fullmatch(name))
+    return sorted(int(name) for name in ours if any((root / name / mark).exists() for mark in (MANIFEST, META)))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return read_manifest(folder)["name"] == folder.name
+    except DamagedError:
+        return False
+
+
+def verify(path: str | Path, *, only: str | None = None) -> None:
+    """Reads every byte of a checkpoint, or ``only`` one of its files, and compares it with the manifest.
+
+    Raises:
+      DamagedError: the manifest or a file is missing or differs; the message names it.
+    """
+    folder = Path(path)
+    files = {name: entry for name, entry in read_manifest(folder)["files"].items() if only in (None, name)}
+    with ThreadPoolExecutor() as pool:  # reading and zlib both run outside the interpreter's lock
+        sums = pool.map(_crc32, [folder / name for name in files])
+    for (name, entry), found in zip(files.items(), sums, strict=True):
+        if found != entry["crc32"]:
+            raise DamagedError(f"{folder / name}: damaged, its CRC-32 is {found}, {entry['crc32']} was written")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after the check of its own checksum and of the presence and sizes of the files."""
+    path = folder / MANIFEST
+    try:
+        text = b"" if path.is_symlink() else path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror}); the folder is no whole checkpoint") from None
+    body = text.split(b"\n", 1)[0]
+    if text != _sealed(body):
+        raise DamagedError(f"{path}: damaged, its own checksum does not match")
+    manifest = json.loads(body)
+    if manifest.get("format") != FORMAT or manifest.get("version") != 1:
+        raise CheckpointError(f"{path}: version {manifest.get('version')} is unknown here; update jaxtransfer")
+    present = dict(_files(folder))
+    for name, entry in manifest["files"].items():
+        if name not in present:
+            raise DamagedError(f"{folder / name}: missing")
+        if present[name] != entry["size"]:
+            raise DamagedError(f"{folder / name}: {present[name]} bytes, {entry['size']} were written")
+    return manifest
+
+
+def _sealed(body: bytes) -> bytes:
+    return body + b"\n%08x\n" % zlib.crc32(body)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Relative name and size of the regular files, links not followed."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            info = path.lstat()
+            if stat.S_ISREG(info.st_mode):
+                yield path.relative_to(folder).as_posix(), info.st_size
+
+
+def _crc32(path: Path) -> str:
+    crc, block = 0, bytearray(_BLOCK)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(block):
+                crc = zlib.crc32(memoryview(block)[:count], crc)
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
+    return f"{crc:08x}"
+
+
+class Draft:
+    """A temporary folder that becomes ``path``, manifest and all, or nothing.
+
+    The folder is locked while its writer lives (the kernel lets go when it dies): `sweep` removes the unlocked.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.folder = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:12]}"
+        self.folder.mkdir(parents=True)
+        self._handle = os.open(self.folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: `sweep` then leaves the folder alone
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def publish(self) -> None:
+        """Seals the folder and gives it its name."""
+        seal(self.folder, self.path.name)
+        os.rename(self.folder, self.path)
+        fsync(self.path.parent)
+        os.close(self._handle)
+
+    def abandon(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._handle)
+
+
+def seal(folder: Path, name: str) -> None:
+    """Flushes every file and folder and then writes the manifest: what it lists is on the disk."""
+    files: dict[str, Mapping[str, Any]] = {}
+    for file, size in sorted(_files(folder)):
+        fsync(folder / file)
+        files[file] = {"size": size, "crc32": _crc32(folder / file)}
+    for parent, _, _ in os.walk(folder, topdown=False):
+        fsync(Path(parent))
+    body = json.dumps({"format": FORMAT, "version": 1, "name": name, "files": files}, sort_keys=True)
+    write_durably(folder / MANIFEST, _sealed(body.encode()))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either the old or the new one, whole, even after a loss of power."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Flushes one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(root: Path) -> None:
+    """Removes what dead writers left: temporary folders that no one has locked, and trash."""
+    for folder in root.iterdir():
+        found = _LEFTOVER.fullmatch(folder.name)
+        if found and (found[1] == "trash" or _is_abandoned(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def discard(folder: Path) -> None:
+    """Deletes a checkpoint: renamed first, so that it is never seen half-deleted."""
+    trash = folder.with_name(f".{folder.name}.trash-{uuid.uuid4().hex[:12]}")
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
