@@ -1,0 +1,156 @@
+"""Sharding by rules: path -> PartitionSpec on canonical paths; a stacked leaf gets an unsharded leading axis."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtransfer.tree.paths import flatten, map_with_path
+from jaxtransfer.tree.rules import Rule, Rules, match_paths
+from jaxtransfer.tree.stacks import layers_of, stacked_length
+
+
+class ShardingError(ValueError):
+    """A spec that does not fit its leaf or the mesh; the message names the leaf."""
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The NamedSharding of every leaf of a canonical or laid-out tree; leaves without a rule are replicated.
+
+    Raises:
+      ShardingError: a dimension does not divide by its mesh axes, a spec is longer than its leaf's rank or names an
+        axis that the mesh has not, or the layers of one stack are given different specs.
+      RuleError: a rule matches nothing.
+    """
+    specs = match_paths(rules, [layer for path in flatten(tree) for layer in layers_of(path)], default=P())
+
+    def choose(path: str, leaf: Any) -> NamedSharding:
+        first, *others = layers_of(path)
+        if odd := [layer for layer in others if specs[layer] != specs[first]]:
+            raise ShardingError(
+                f"{path}: its layers are one array, but {first} has the spec {specs[first]} and {odd[0]} has "
+                f"{specs[odd[0]]}; give them one"
+            )
+        return _sharding(path, leaf, mesh, specs[first], stacked_length(path) is not None)
+
+    return map_with_path(choose, tree)
+
+
+def _sharding(path: str, leaf: Any, mesh: Mesh, spec: P, stacked: bool) -> NamedSharding:
+    spec = P(None, *spec) if stacked else spec
+    shape = tuple(np.shape(leaf))
+    if len(spec) > len(shape):
+        raise ShardingError(f"{path}: the spec {spec} is longer than the shape {shape}")
+    for size, axes in zip(shape, spec, strict=False):
+        names = _names(axes)
+        if unknown := [name for name in names if name not in mesh.shape]:
+            raise ShardingError(f"{path}: the mesh has no axis {unknown[0]!r}, it has {tuple(mesh.shape)}")
+        parts = int(np.prod([mesh.shape[name] for name in names]))
+        if size % parts:
+            raise ShardingError(
+                f"{path}: a dimension of {size} does not divide by {'x'.join(names)} = {parts} (shape {shape}, spec "
+                f"{spec}); change the mesh or give this leaf another rule"
+            )
+    return _named(mesh, spec)
+
+
+def _named(mesh: Mesh, entries: Iterable[Any]) -> NamedSharding:
+    """Without trailing None, as XLA gives shardings back: jit's cache takes P() and P(None) for two."""
+    entries = list(entries)
+    length = max((i + 1 for i, axes in enumerate(entries) if axes is not None), default=0)
+    return NamedSharding(mesh, P(*entries[:length]))
+
+
+def fsdp(tree: Any, mesh: Mesh, *, axis: str = "fsdp", min_size: int = 2**12) -> Rules:
+    """The generic rule: each leaf's largest dimension that divides is split over ``axis``; small leaves stay whole.
+
+    Args:
+      tree: canonical parameters, of any model.
+      mesh: the mesh.
+      axis: its axis.
+      min_size: leaves with fewer elements are replicated.
+    """
+    parts = mesh.shape[axis]
+    rules = []
+    for path, leaf in flatten(tree).items():
+        shape = tuple(np.shape(leaf))
+        fits = [i for i, size in enumerate(shape) if size % parts == 0]
+        if parts > 1 and fits and int(np.prod(shape)) >= min_size:
+            best = max(fits, key=lambda i: shape[i])
+            rules.append(Rule(_escape(path), P(*[axis if i == best else None for i in range(best + 1)]), optional=True))
+    return tuple(rules)
+
+
+def _escape(path: str) -> str:
+    return "".join("\\" + c if c in r".^$*+?{}[]\|()" else c for c in path)
+
+
+def place(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The tree on the mesh, sharded by rules; arrays already there are not copied.
+
+    Raises:
+      ShardingError, RuleError: as `shardings`.
+    """
+    return jax.device_put(tree, shardings(tree, mesh, rules))
+
+
+def gather(tree: Any, mesh: Mesh, rules: Rules, *, axis: str = "fsdp") -> Any:
+    """Inside ``jit``: leaves outside stacks made whole along ``axis`` for their use.
+
+    A scanned layer's parameters are gathered by XLA, layer by layer. Left to itself with an embedding, it shards what
+    was looked up as the table is, and then replicates the whole batch to split it by rows again.
+    """
+
+    def use(path: str, leaf: Any, where: NamedSharding) -> Any:
+        if stacked_length(path) is not None:
+            return leaf
+        spec = [tuple(name for name in _names(axes) if name != axis) or None for axes in where.spec]
+        return jax.lax.with_sharding_constraint(leaf, _named(mesh, spec))
+
+    return map_with_path(use, tree, shardings(tree, mesh, rules))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def state_shardings(opt_state: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer's state: a leaf shaped like the parameter whose path its own ends in is sharded alike.
+
+    Everything else (counts, factored moments) is replicated.
+    """
+    shapes = {path: tuple(np.shape(leaf)) for path, leaf in flatten(params).items()}
+    known = flatten(param_shardings)
+
+    def choose(key_path: Any, leaf: Any) -> NamedSharding:
+        path = param_path(key_path)
+        if path in shapes and shapes[path] == tuple(np.shape(leaf)):
+            return known[path]
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(choose, opt_state)
+
+
+def param_path(key_path: Any) -> str:
+    """The path of the parameter that an optimizer's leaf belongs to, read off the end of the leaf's key path.
+
+    It is the trailing dictionary keys, and the parts of a leaf type behind them.
+
+    Example:
+      >>> tree = ({"mu": {"head": {"kernel": 1}}},)
+      >>> [param_path(path[2:]) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+      ['head/kernel']
+    """
+    parts: list[str] = []
+    keys: list[str] = []
+    for entry in reversed(tuple(key_path)):
+        if isinstance(entry, jax.tree_util.DictKey):
+            keys.append(str(entry.key))
+        elif isinstance(entry, jax.tree_util.GetAttrKey) and not keys:
+            parts.append(f"@{entry.name}")
+        else:
+            break
+    return "/".join(reversed(keys)) + "".join(reversed(parts))

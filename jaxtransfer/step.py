@@ -1,0 +1,282 @@
+"""The step: ``step(state, frozen, batch) -> (state, metrics)``, differentiating the trainable partition only.
+
+No gradient, optimizer state, clipping norm, accumulator or weight decay exists for a frozen leaf, by construction.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtransfer.adapt.groups import FROZEN, STATS
+from jaxtransfer.adapt.heads import check_tied
+from jaxtransfer.models.api import apply
+from jaxtransfer.optim import master
+from jaxtransfer.parallel import BATCH_AXES, gather, shardings, state_shardings
+from jaxtransfer.tree.diff import TreeError
+from jaxtransfer.tree.partition import combine, partition
+from jaxtransfer.tree.paths import Params, flatten, map_with_path
+from jaxtransfer.tree.rules import Rule, Rules
+from jaxtransfer.tree.stacks import layers_of, layout, stack, unstack
+from jaxtransfer.types import Model, State, View
+
+Metrics = dict[str, jax.Array]
+Objective = Callable[[View], tuple[jax.Array, Metrics]]
+Step = Callable[[State, Params, Mapping[str, Any]], tuple[State, Metrics]]
+
+
+def init_state(
+    model: Model,
+    params: Params,
+    labels: Any,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+    sharding: Rules = (),
+) -> tuple[State, Params]:
+    """Lays the parameters out and splits them by label: what a step changes, and what it does not.
+
+    Trainable leaves are copied (the state is donated) and kept in float32 at least; frozen ones keep their dtype.
+
+    Args:
+      model: the model; its layers are what is stacked.
+      params: canonical parameters.
+      labels: tree of labels over them: a group's name, ``frozen`` or ``stats``.
+      tx: the transformation over the trainable partition.
+      key: typed PRNG key of the run.
+      mesh, sharding: where and how to place everything; see `parallel.shardings`.
+
+    Raises:
+      ValueError: nothing trains, an integer leaf would, or a tied head would over a frozen embedding.
+      TreeError: labels and parameters differ in structure.
+    """
+    by_path = flatten(labels)
+    if by_path.keys() != flatten(params).keys():
+        raise TreeError(f"labels and params differ at {sorted(by_path.keys() ^ flatten(params).keys())[:6]}")
+    if all(label in (FROZEN, STATS) for label in by_path.values()):
+        raise ValueError("nothing trains: every label is 'frozen' or 'stats'")
+    for path, leaf in flatten(params).items():
+        if by_path[path] not in (FROZEN, STATS) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{path} is {leaf.dtype} and cannot train; label it 'frozen' or 'stats'")
+    check_tied(model, by_path)
+    lists = {stage.name.rpartition("/")[0] for stage in model.stages if stage.name.rpartition("/")[2].isdigit()}
+    laid = stack(params, layout(params, labels, lists))
+    laid = jax.tree.map(jnp.asarray, laid) if mesh is None else jax.device_put(laid, shardings(laid, mesh, sharding))
+
+    def kind(path: str) -> str:
+        return by_path[layers_of(path)[0]]
+
+    frozen_leaves, live = partition(laid, lambda path: kind(path) == FROZEN)
+    stats, trained = partition(live, lambda path: kind(path) == STATS)
+    trained, stats = jax.tree.map(lambda x: jnp.array(x, master(x.dtype), copy=True), (trained, stats))
+    init = jax.jit(tx.init)
+    step = jnp.zeros((), jnp.int32)
+    if mesh is not None:
+        where = jax.tree.map(lambda x: x.sharding, trained)
+        abstract = jax.eval_shape(tx.init, trained)
+        init = jax.jit(tx.init, out_shardings=state_shardings(abstract, trained, where, mesh))
+        step, key = jax.device_put((step, key), NamedSharding(mesh, P()))
+    return State(step, trained, stats, init(trained), jnp.copy(key), {}), frozen_leaves
+
+
+def whole(state: State, frozen: Params) -> Params:
+    """The laid-out parameters of the whole model."""
+    return combine(combine(state.params, state.stats), frozen)
+
+
+def params_of(state: State, frozen: Params) -> Params:
+    """The canonical parameters of the whole model: for export, analysis, another phase."""
+    return unstack(whole(state, frozen))
+
+
+def training_stages(model: Model, trained: Params, frozen: Params) -> set[str]:
+    """The stages in training mode: those with a trainable leaf, and those without parameters behind one of them."""
+    live = {layer for path in flatten(trained) for layer in layers_of(path)}
+    still = {layer for path in flatten(frozen) for layer in layers_of(path)}
+    training: set[str] = set()
+    for stage in model.stages:
+        own, held = (any(path.startswith(f"{stage.name}/") for path in paths) for paths in (live, still))
+        if own or (training and not held):
+            training.add(stage.name)
+    return training
+
+
+def make_step(
+    model: Model,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    sharding: Rules = (),
+    precision: Any = jnp.float32,
+    remat: str | None = None,
+    accumulate: int = 1,
+    donate: bool = True,
+) -> Step:
+    """A jitted training step.
+
+    ``g = grad(loss)`` over ``state.params`` only, ``u = tx(g)``, ``params + u``. A step whose loss or gradient is not
+    finite leaves the state as it was, bit for bit, and says so in ``metrics["finite"]``.
+
+    Args:
+      model: the model. Stages whose parameters are all frozen run in evaluation mode.
+      objective: ``objective(view) -> (mean loss, metrics)``; ``metrics["weight"]`` weights microbatches.
+      tx: as given to `init_state`.
+      mesh, sharding: as given to `init_state`; gradients and new states are sharded as the parameters are.
+      precision: dtype of activations (``jnp.bfloat16`` for mixed precision; masters stay float32).
+      remat: None, ``"full"`` or ``"dots"``.
+      accumulate: number of microbatches that the batch is cut into; the batch must divide by it.
+      donate: whether ``state`` is donated (its buffers are reused).
+
+    Returns:
+      ``step(state, frozen, batch) -> (state, metrics)``; metrics are device arrays: the objective's, ``loss``,
+      ``grad_norm`` (before clipping), ``finite``.
+    """
+
+    def loss_fn(trained: Params, stats: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array) -> Any:
+        params = combine(combine(trained, stats), frozen)
+        outputs = apply(
+            model, _gathered(params, mesh, sharding), batch, train=training_stages(model, trained, frozen), key=key,
+            remat=remat, dtype=precision, constrain=_constraint(mesh),
+        )  # fmt: skip
+        loss, metrics = objective(View(params, outputs, batch, key, step))
+        return loss.astype(jnp.float32), (metrics, _merge(stats, outputs.get("stats", {})))
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    update = optax.with_extra_args_support(tx).update
+
+    def step(state: State, frozen: Params, batch: Mapping[str, Any]) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulate == 1:
+            (loss, (metrics, stats)), grads = grad_fn(state.params, state.stats, frozen, batch, key, state.step)
+        else:
+            loss, metrics, stats, grads = _accumulated(grad_fn, accumulate, state, frozen, batch, key)
+        grads = _pin(grads, mesh, sharding)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def accepted(old: State) -> State:
+            updates, opt_state = update(grads, old.opt_state, old.params, norm=norm)
+            params: Any = optax.apply_updates(old.params, updates)
+            return State(old.step + 1, params, stats, opt_state, old.key, old.terms)
+
+        # A branch, not a select: XLA then updates the donated state in place.
+        kept = jax.lax.cond(finite, accepted, lambda old: old, state)
+        metrics = {**metrics, "loss": loss, "grad_norm": norm, "finite": finite}
+        return _pin_state(kept, mesh, sharding), metrics
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def _accumulated(grad_fn: Any, count: int, state: State, frozen: Params, batch: Any, key: jax.Array) -> Any:
+    """Mean loss, metrics and gradient over microbatches, weighted by ``metrics["weight"]``; statistics in order."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        if x.shape[0] % count:
+            raise ValueError(f"a batch of {x.shape[0]} rows does not divide into {count} microbatches")
+        # Every count-th row, so that a batch split over devices stays split in each microbatch.
+        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+    def part(stats: Params, micro: Any, index: Any) -> Any:
+        live = jax.random.fold_in(key, index)
+        (loss, (metrics, stats)), grads = grad_fn(state.params, stats, frozen, micro, live, state.step)
+        weight = metrics.pop("weight", jnp.ones(()))
+        # A mean over nothing is 0/0, and counts for nothing.
+        weighted = jax.tree.map(
+            lambda x: jnp.where(weight > 0, x * weight.astype(x.dtype), jnp.zeros_like(x)), (loss, metrics, grads)
+        )
+        return (*weighted, weight), stats
+
+    def body(carry: Any, xs: Any) -> Any:
+        total, stats = carry
+        new, stats = part(stats, *xs)
+        return (jax.tree.map(jnp.add, total, new), stats), None
+
+    xs = (jax.tree.map(rows, dict(batch)), jnp.arange(count))
+    shapes, _ = jax.eval_shape(part, state.stats, *jax.tree.map(lambda x: x[0], xs))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((loss, metrics, grads, weight), stats), _ = jax.lax.scan(body, (zero, state.stats), xs)
+    whole = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+    loss, metrics, grads = jax.tree.map(lambda x: x / whole.astype(x.dtype), (loss, metrics, grads))
+    return loss, {**metrics, "weight": weight}, stats, grads
+
+
+def _merge(stats: Params, new: Params) -> Params:
+    """The running statistics with those that training moved."""
+    moved = flatten(new)
+    if lost := sorted(moved.keys() - flatten(stats).keys()):
+        raise TreeError(f"training moves the running statistics {', '.join(lost[:6])}, which are not labelled 'stats'")
+    return map_with_path(lambda path, old: moved[path].astype(old.dtype) if path in moved else old, stats)
+
+
+def _constraint(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array] | None:
+    """Activations are split by rows over the batch axes."""
+    if mesh is None:
+        return None
+    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def _gathered(params: Params, mesh: Mesh | None, rules: Rules) -> Params:
+    return params if mesh is None else gather(params, mesh, rules)
+
+
+def _pin(tree: Params, mesh: Mesh | None, rules: Rules) -> Params:
+    """A tree over part of the parameters, sharded as they are."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _where(tree, mesh, rules))
+
+
+def _pin_state(state: State, mesh: Mesh | None, rules: Rules) -> State:
+    """A state sharded as `init_state` made it, or the next step would be compiled anew and could not reuse buffers."""
+    if mesh is None:
+        return state
+    params, stats = (_where(tree, mesh, rules) for tree in (state.params, state.stats))
+    everywhere = NamedSharding(mesh, P())
+    moments = state_shardings(state.opt_state, state.params, params, mesh)
+    terms = jax.tree.map(lambda _: everywhere, state.terms)
+    places = State(everywhere, params, stats, moments, everywhere, terms)  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(state, places)
+
+
+def _where(tree: Params, mesh: Mesh, rules: Rules) -> Any:
+    return shardings(tree, mesh, tuple(Rule(rule[0], rule[1], optional=True) for rule in rules))
+
+
+def make_eval(
+    model: Model,
+    outputs: Sequence[str] = ("logits",),
+    *,
+    mesh: Mesh | None = None,
+    sharding: Rules = (),
+    precision: Any = jnp.float32,
+) -> Callable[[State, Params, Mapping[str, Any]], dict[str, jax.Array]]:
+    """A jitted evaluation: ``evaluate(state, frozen, batch)`` gives the named outputs, in evaluation mode.
+
+    Args:
+      model: the model.
+      outputs: names of outputs of `apply`.
+      mesh, sharding: as given to `init_state`; the outputs are then replicated.
+      precision: dtype of activations.
+    """
+
+    def evaluate(state: State, frozen: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        params = _gathered(whole(state, frozen), mesh, sharding)
+        found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh))
+        if missing := [name for name in outputs if name not in found]:
+            raise ValueError(f"the model has no output {missing[0]!r}; it has {', '.join(found)}")
+        picked = {name: found[name] for name in outputs}
+        return picked if mesh is None else jax.lax.with_sharding_constraint(picked, NamedSharding(mesh, P()))
+
+    return jax.jit(evaluate)
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
+    """A process's rows of the batch as global arrays, split over the mesh's batch axes; unchanged without a mesh."""
+    if mesh is None:
+        return batch
+    where = NamedSharding(mesh, P(BATCH_AXES))
+    return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
