@@ -1,0 +1,181 @@
+"""`load`: a reference becomes a Source, every tensor used or dropped for a reason, straight to the devices."""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtransfer.models.api import abstract_init
+from jaxtransfer.models.names import turn
+from jaxtransfer.models.registry import Family, family, labels_of
+from jaxtransfer.source import orbax_folder, placing
+from jaxtransfer.source.card import read_card, text_of
+from jaxtransfer.source.resolve import ASSETS, CARD, CONFIG, MARKER, Resolved, SourceError, resolve
+from jaxtransfer.source.safetensors import open_weights
+from jaxtransfer.source.strictjson import CONFIG_BYTES, MARKER_BYTES, printable, read_object
+from jaxtransfer.tree import diff, fingerprint, flatten, unflatten
+from jaxtransfer.tree.rules import Rules
+from jaxtransfer.types import Head, Lineage, Model, Source
+
+Sharding = Rules | Callable[[Model, Any], Rules]
+LABELLED = ("sequence-classification", "token-classification")
+
+
+def load(
+    ref: str | os.PathLike[str],
+    *,
+    head: Head | str | None = "checkpoint",
+    key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    sharding: Sharding = (),
+    dtype: Any = None,
+    revision: str | None = None,
+    ignore: Collection[str] = (),
+) -> Source:
+    """Loads a pre-trained checkpoint: safetensors in Hugging Face layout, or a folder that `export` wrote.
+
+    Args:
+      ref: a local folder, a hub id, or ``python:PACKAGE/FOLDER`` (a folder inside an installed package).
+      head: ``"checkpoint"`` for the head that the checkpoint was trained with, None for the bare trunk, or a new
+        :class:`Head`, whose parameters are drawn from ``key`` over the checkpoint's trunk.
+      key: PRNG key of a new head; only for one.
+      mesh: the devices to load onto; None is jax's default device.
+      sharding: rules, path -> ``PartitionSpec``, or a function of the model and its abstract parameters that gives
+        them; what no rule matches is replicated. Each process reads only the parts of the tensors that its own devices
+        hold.
+      dtype: of floating-point parameters; None keeps what is stored.
+      revision: branch, tag or commit of a hub id; the commit that it stands for is recorded in the lineage.
+      ignore: fields of ``config.json`` to accept unread, where loading refuses an unknown one.
+
+    Raises:
+      SourceError: the reference, its configuration's architecture or its values cannot be used.
+      SafetensorsError: damaged or malformed weights, or pickles.
+      HubError: the hub did not give the model.
+      ConfigFieldError: an unsupported configuration; names the field.
+      MappingError, TreeError: missing, extra or misshapen tensors, all listed.
+      ShardingError: a rule's spec does not divide its leaf.
+    """
+    if isinstance(head, Head):
+        how = {"mesh": mesh, "sharding": sharding, "dtype": dtype, "revision": revision, "ignore": ignore}
+        return _with_new_head(head, key, ref, how)
+    if head not in ("checkpoint", None) or key is not None:
+        raise SourceError(f"head={head!r}: expected 'checkpoint', None, or a Head with a key to draw it from")
+    found = resolve(os.fspath(ref), revision)
+    raw = read_object(found.files[CONFIG], CONFIG_BYTES, SourceError)
+    if not isinstance(raw.get("model_type"), str):
+        raise SourceError(f"{found.ref}: {CONFIG} names no model_type, so the family of the model is unknown")
+    kind = family(raw["model_type"])
+    if MARKER in found.files:
+        record = read_object(found.files[MARKER], MARKER_BYTES, SourceError)
+        if record.get("format") == "orbax":
+            return _from_orbax(found, raw, kind, record, head, mesh, sharding, dtype, ignore)
+    tensors = open_weights(found.files)
+    wanted = None if head is None else checkpoint_head(kind, raw, found.ref)
+    pooler = any(re.search(r"(^|\.)pooler\.", name) for name in tensors)
+    model = kind.build(raw, wanted, pooler=pooler, ignore=ignore)
+    expected = flatten(abstract_init(model))
+    plan = kind.names(model).load_plan(tensors, list(expected))
+    views = {path: turn(tensors[name].read(name), how) for path, (name, how) in plan.used.items()}
+    diff(expected, views, dtypes=False).check(f"{found.ref}: the tensors do not fit {CONFIG}")
+    where = placing.shardings(expected, mesh, _rules(sharding, model, expected))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        weights = sorted({file.path for file in tensors.values()})
+        # Every process hashes every file, though it copies only its own parts: the digest is the source's identity.
+        hashes = {path.name: pool.submit(_sha256, path) for path in weights}
+        flat = placing.arrays(views, where, dtype, pool, found.ref)
+        files = {name: future.result() for name, future in hashes.items()}
+    _check_hashes(found, files)
+    listing = "\n".join(f"{name} {files[name]}" for name in sorted(files))
+    params = unflatten({path: flat[path] for path in expected})
+    lineage = Lineage(found.ref, hashlib.sha256(listing.encode()).hexdigest(), files, dropped=dict(plan.dropped))
+    return _source(model, params, found, raw, lineage)
+
+
+def _with_new_head(head: Head, key: jax.Array | None, ref: str | os.PathLike[str], how: dict[str, Any]) -> Source:
+    from jaxtransfer.adapt import swap_head
+
+    if key is None:
+        raise SourceError(f"a new head ({head.kind}) is drawn at random: give load a key, such as jax.random.key(0)")
+    return swap_head(load(ref, head=None, **how), head, key)
+
+
+def checkpoint_head(kind: Family, raw: Mapping[str, Any], ref: str) -> Head | None:
+    """The head that a checkpoint was saved with, from ``architectures`` and ``id2label`` of its configuration.
+
+    Raises:
+      SourceError: the architecture is missing or not one of the family's.
+    """
+    named = raw.get("architectures")
+    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    if not isinstance(name, str) or name not in kind.architectures:
+        raise SourceError(
+            f"{ref}: {CONFIG} has architectures={printable(named)}, for {kind.name} it must be one of "
+            f"{', '.join(kind.architectures)}; head=None loads the trunk alone"
+        )
+    head = kind.architectures[name]
+    return None if head is None else Head(head, labels_of(raw) if head in LABELLED else ())
+
+
+def _from_orbax(
+    found: Resolved,
+    raw: dict[str, Any],
+    kind: Family,
+    record: Mapping[str, Any],
+    head: str | None,
+    mesh: Mesh | None,
+    sharding: Sharding,
+    dtype: Any,
+    ignore: Collection[str],
+) -> Source:
+    if dtype is not None:
+        raise SourceError(f"{found.ref}: dtype is for safetensors; an Orbax export is read as it was written")
+    stored = orbax_folder.head_of(record.get("head"), found.ref)
+    there, dropped = orbax_folder.stored_paths(found.folder, found.ref), {}
+    model = kind.build(raw, stored, pooler=any(path.startswith("pooler/") for path in there), ignore=ignore)
+    rules = _rules(sharding, model, flatten(abstract_init(model)))
+    params = orbax_folder.read(found.folder, model, record, found.ref, mesh, rules)
+    if head is None and stored is not None:
+        model = kind.build(raw, None, pooler="pooler" in params, ignore=ignore)
+        dropped = {path: "the head of another task" for path in there if path.startswith("head/")}
+        params = {name: node for name, node in params.items() if name != "head"}
+    return _source(model, params, found, raw, Lineage(found.ref, record["digest"], dropped=dropped))
+
+
+def _rules(sharding: Sharding, model: Model, expected: Mapping[str, Any]) -> Rules:
+    return sharding(model, unflatten(expected)) if callable(sharding) else sharding
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_hashes(found: Resolved, files: Mapping[str, str]) -> None:
+    for name, have in files.items():
+        if have != found.hashes.get(name, have):
+            raise SourceError(
+                f"{found.ref}: {name} has SHA-256 {have}, the hub recorded {found.hashes[name]}; fetch it again"
+            )
+
+
+def _source(model: Model, params: Any, found: Resolved, raw: dict[str, Any], lineage: Lineage) -> Source:
+    """The Source of loaded parameters, with what the card and the folder say besides."""
+    card = read_card(found.files[CARD]) if CARD in found.files else {}
+    named = text_of(card.get("license_name") if card.get("license") == "other" else card.get("license"))
+    lineage = dataclasses.replace(
+        lineage,
+        files={**lineage.files, CONFIG: _sha256(found.files[CONFIG])},
+        commit=found.commit,
+        license=None if named == "unknown" else named,
+        base_model=text_of(card.get("base_model")),
+        fingerprints=fingerprint(params),
+    )
+    assets = {"config": raw, "files": {name: found.files[name] for name in ASSETS if name in found.files}, "card": card}
+    return Source(model, params, lineage, assets)

@@ -1,0 +1,115 @@
+"""Parameters in Orbax's format: every model of the zoo, whatever its head; read back only if nothing has changed."""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtransfer.models.api import abstract_init
+from jaxtransfer.source.placing import shardings
+from jaxtransfer.source.resolve import SourceError
+from jaxtransfer.tree import diff, digest, flatten, unflatten
+from jaxtransfer.tree.rules import Rules
+from jaxtransfer.types import Head, Model
+
+FOLDER = "params"
+
+
+def write(params: Any, folder: Path) -> None:
+    """Writes canonical parameters under ``folder``.
+
+    Raises:
+      OSError: also where Orbax wraps the system's error (a full disk, mostly) in a ValueError.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        with _quiet():
+            ocp.save(str(folder / FOLDER), params)
+    except ValueError as error:
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+        raise
+
+
+def stored_paths(folder: Path, ref: str) -> dict[str, Any]:
+    """Canonical path -> shape and dtype of what is stored under ``folder``."""
+    from orbax.checkpoint import v1 as ocp
+
+    with _quiet(), _damage(ref):
+        return flatten(ocp.metadata(str((folder / FOLDER).resolve())).metadata)
+
+
+def read(folder: Path, model: Model, record: Mapping[str, Any], ref: str, mesh: Mesh | None, rules: Rules) -> Any:
+    """Parameters written by :func:`write`, placed by rules.
+
+    Orbax reads most damaged bytes back without a word, hence the comparison with the recorded digest.
+
+    Raises:
+      TreeError: missing, extra or misshapen leaves.
+      SourceError: damaged files, or values that are not those that were written.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    expected, there = flatten(abstract_init(model)), stored_paths(folder, ref)
+    diff(expected, there, dtypes=False).check(f"{ref}: the stored parameters do not fit the configuration")
+    where = shardings(expected, mesh, rules)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=where[path] or default)
+        for path, leaf in there.items()
+    }
+    with _quiet(), _damage(ref):
+        params = ocp.load(str((folder / FOLDER).resolve()), unflatten({path: like[path] for path in expected}))
+    if digest(params) != record.get("digest"):
+        raise SourceError(
+            f"{ref}: the parameters are not those that were exported: another digest; the files are damaged"
+        )
+    return params
+
+
+def head_record(head: Head | None) -> dict[str, Any] | None:
+    """A head as plain JSON; heads with stages of their own are code and have no such form."""
+    if head is None:
+        return None
+    return {"kind": head.kind, "labels": list(head.labels), "pooling": head.pooling, "width": head.width}
+
+
+def head_of(record: Any, ref: str) -> Head | None:
+    """The inverse of :func:`head_record`."""
+    if record is None:
+        return None
+    wanted = {"kind": str, "labels": list, "pooling": (str, type(None)), "width": (int, type(None))}
+    if not isinstance(record, dict) or set(record) != set(wanted):
+        raise SourceError(f"{ref}: the recorded head must have exactly {', '.join(wanted)}")
+    if wrong := [name for name, kind in wanted.items() if not isinstance(record[name], kind)]:
+        raise SourceError(f"{ref}: the recorded head has a wrong {wrong[0]}")
+    return Head(record["kind"], tuple(map(str, record["labels"])), record["pooling"], record["width"])
+
+
+@contextlib.contextmanager
+def _damage(ref: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # damaged files surface as anything from KeyError to XlaRuntimeError
+        reason = str(error).strip().split("\n")[0][:200]
+        raise SourceError(f"{ref}: the Orbax files cannot be read: {type(error).__name__}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs every step of a save and load; warnings and errors still show."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
