@@ -1,0 +1,137 @@
+"""Training one seed: the loop with its evaluation, its best state and its events."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtransfer import checkpoint
+from jaxtransfer.job.prepare import Job
+from jaxtransfer.run import Callback, Progress, Saver, Selection, Stop, fit
+from jaxtransfer.step import params_of, shard_batch
+from jaxtransfer.tasks import collect
+from jaxtransfer.tree.paths import Params
+from jaxtransfer.types import Source, State
+
+SPLITS = ("test", "validation", "train")
+"""Splits, in the order in which results are reported on the first that is there."""
+
+
+def predictions(job: Job, state: State, frozen: Params, split: str, check: Callable[[], None]) -> dict[str, np.ndarray]:
+    """Logits (N, C) and labels (N,) of a split, in the order of its examples; ``check`` is called before each batch."""
+    parts = []
+    for batch in job.loader(split):
+        check()
+        outputs = job.evaluate(state, frozen, shard_batch(batch, job.mesh))
+        parts.append({"logits": np.asarray(outputs["logits"]), "labels": batch["labels"], "index": batch["index"]})
+    return collect(parts)
+
+
+def selection(job: Job) -> Selection:
+    """How the best state is chosen."""
+    run = job.config.run
+    return Selection(run.metric, minimize=run.metric == "loss", patience=run.patience)
+
+
+class Memory:
+    """Keeps the best state in host memory: what a checkpointer is for a run that need not outlive its process."""
+
+    def __init__(self) -> None:
+        self._last: State | None = None
+        self.best: State | None = None
+
+    def save(self, step: int, state: State, frozen: Params, extra: Mapping[str, Any] | None = None) -> None:
+        """Remembers a state."""
+        kept = jax.tree.map(lambda x: np.array(x), (state.params, state.stats))
+        self._last = dataclasses.replace(state, params=kept[0], stats=kept[1], opt_state=())
+
+    def protect(self, step: int) -> None:
+        """The state last saved is the best."""
+        self.best = self._last
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+
+def train(
+    job: Job,
+    state: State,
+    frozen: Params,
+    *,
+    seed: int,
+    saver: Saver,
+    stop: Stop,
+    callbacks: Sequence[Callback] = (),
+    progress: Progress | None = None,
+    position: Mapping[str, Any] | None = None,
+    diagnose: Callable[[State, Params, Mapping[str, Any]], str] | None = None,
+) -> State:
+    """Runs `fit` as the configuration says, from the start or from a saved position."""
+    run = job.config.run
+    data = job.loader("train", seed=seed, train=True)
+    if position is not None:
+        data.restore(position)
+
+    def evaluate(state: State, frozen: Params) -> dict[str, float]:
+        found = predictions(job, state, frozen, "validation", stop.check)
+        return {name: metric.value for name, metric in job.task.metrics(found["logits"], found["labels"]).items()}
+
+    return fit(
+        _on_mesh(job), state, frozen, data,
+        steps=job.steps,
+        evaluate=evaluate if "validation" in job.examples else None,
+        every=run.evaluate_every or job.epoch,
+        checkpoint=saver,
+        save_every=run.checkpoint_every or job.epoch,
+        callbacks=callbacks,
+        select=selection(job),
+        progress=progress,
+        stop=stop,
+        log_every=run.log_every,
+        max_rejected=run.max_rejected,
+        diagnose=diagnose,
+    )  # fmt: skip
+
+
+def _on_mesh(job: Job) -> Callable[..., Any]:
+    if job.mesh is None:
+        return job.step
+    return lambda state, frozen, batch: job.step(state, frozen, shard_batch(batch, job.mesh))
+
+
+def score(job: Job, seed: int, *, scratch: bool, stop: Stop, callbacks: Sequence[Callback]) -> float:
+    """Trains one seed in memory and gives its metric on the test split (the validation split without one)."""
+    state, frozen = job.start(seed, scratch=scratch)
+    memory = Memory()
+    last = train(job, state, frozen, seed=seed, saver=memory, stop=stop, callbacks=callbacks)
+    best = last if memory.best is None else memory.best
+    found = predictions(job, best, frozen, final_split(job), stop.check)
+    return job.task.metrics(found["logits"], found["labels"])[job.config.run.metric].value
+
+
+def final_split(job: Job) -> str:
+    """The split that results are reported on."""
+    return next(split for split in SPLITS if split in job.examples)
+
+
+def finished(job: Job, seed: int, state: State, frozen: Params, progress: Progress) -> Source:
+    """The adapted source of a finished run, for export; its lineage says what was done."""
+    source = job.adapted(seed)
+    trained = ", ".join(f"{name}: {group.optimizer} {group.lr:g}" for name, group in job.groups.items())
+    at = progress.best_batch or progress.batch
+    note = f"fit(steps={at} of {job.steps}, batch={job.config.data.batch}, seed={seed}, {trained})"
+    lineage = dataclasses.replace(source.lineage, operations=(*source.lineage.operations, note))
+    return dataclasses.replace(source, params=params_of(state, frozen), lineage=lineage)
+
+
+def saved_best(job: Job, root: Path, like: tuple[State, Params], progress: Progress) -> tuple[State, Params]:
+    """The best step's state from its checkpoint; the last one where nothing was evaluated."""
+    at = progress.best_batch if progress.best_batch is not None else progress.batch
+    lineage = job.adapted(job.config.run.seed).lineage
+    state, frozen, _ = checkpoint.restore(
+        root / str(at), like=like, mesh=job.mesh, sharding=job.sharding, lineage=lineage
+    )
+    return state, frozen
