@@ -34,7 +34,7 @@ def write_async(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     try:
         with options:
             named = {quote(name, safe=""): array for name, array in _held(arrays).items()}
-            response = ocp.save_async(str(folder), named)
+            response = ocp.save_async(str(folder.absolute()), named)  # Orbax takes no relative paths
     except BaseException:
         quiet.close()
         raise
@@ -72,7 +72,7 @@ def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, 
 
     abstract = {quote(name, safe=""): x if x.sharding else _on_host(x) for name, x in wanted.items()}
     with _quiet():
-        found = ocp.load(str(folder), abstract)
+        found = ocp.load(str(folder.absolute()), abstract)
     return {name: found[quote(name, safe="")] for name in wanted}
 
 

@@ -285,3 +285,13 @@ def test_nothing_is_printed(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert np.array_equal(checkpoint.restore(tmp_path / "3", like=tiny(0))[0].params["w"], tiny(3).params["w"])
+
+
+def test_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("run/checkpoints", lineage=LINEAGE) as saver:
+        saver.save(1, tiny(1), {"w": None})
+    with Checkpointer("run/checkpoints", lineage=LINEAGE) as again:
+        found = again.restore_latest((tiny(0), {"w": None}))
+    assert found is not None
+    assert_same(found[0], tiny(1))
