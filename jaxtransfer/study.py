@@ -141,28 +141,6 @@ def gain(transfer: Sequence[float], control: Sequence[float], *, lower_is_better
     return Gain(got.value, got.low, got.high, got.n, verdict)
 
 
-def relative_error_reduction(transfer: float, control: float) -> float:
-    """The share of the control's errors that the transfer removes: ``(err_control - err_transfer) / err_control``.
-
-    Args:
-      transfer: its accuracy, or another score in [0, 1].
-      control: the same score from scratch.
-
-    Raises:
-      StudyError: a score is outside [0, 1], or the control makes no errors.
-
-    Example:
-      >>> round(relative_error_reduction(0.92, 0.60), 3)
-      0.8
-    """
-    for name, score in (("transfer", transfer), ("control", control)):
-        if not 0.0 <= score <= 1.0:
-            raise StudyError(f"relative_error_reduction: the {name}'s score is {score}, expected one in [0, 1]")
-    if control == 1.0:
-        raise StudyError("relative_error_reduction: the control makes no errors, there is nothing to reduce")
-    return (transfer - control) / (1.0 - control)
-
-
 def t_quantile(probability: float, df: int) -> float:
     """The quantile of Student's t with ``df`` degrees of freedom, by bisection of its distribution function.
 

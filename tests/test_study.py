@@ -85,14 +85,6 @@ def test_gain_refuses_what_is_not_paired():
         study.gain([1, 2, 3], [1, 2])
 
 
-def test_relative_error_reduction():
-    assert study.relative_error_reduction(0.95, 0.90) == pytest.approx(0.5)
-    assert study.relative_error_reduction(0.80, 0.90) == pytest.approx(-1.0)
-    for pair, says in [((0.9, 1.0), "no errors"), ((91.5, 0.6), "transfer's score is 91.5")]:
-        with pytest.raises(study.StudyError, match=says):
-            study.relative_error_reduction(*pair)
-
-
 def test_compare_gives_a_study_that_a_record_can_hold():
     got = dataclasses.asdict(study.compare("accuracy", [0, 1, 2], [0.91, 0.92, 0.93], [0.62, 0.65, 0.61]))
     assert set(got) == {"metric", "seeds", "transfer", "scratch", "gain", "intervals"}

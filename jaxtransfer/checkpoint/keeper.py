@@ -15,12 +15,12 @@ from jaxtransfer.checkpoint.manifest import (
     DamagedError,
     candidates,
     discard,
-    fsync,
     steps,
     sweep,
     verify,
 )
 from jaxtransfer.checkpoint.reading import restore
+from jaxtransfer.source.writer import fsync
 from jaxtransfer.tree.rules import Rules
 from jaxtransfer.types import Lineage, State
 

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jaxtransfer.source.writer import fsync
+
 MANIFEST = "manifest.json"
 META = "meta.json"
 FORMAT = "jaxtransfer-checkpoint"
@@ -179,15 +181,6 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
     fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Flushes one file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sweep(root: Path) -> None:

@@ -176,9 +176,9 @@ def summary(page: Mapping[str, Any], report: Path, out: Path) -> dict[str, Any]:
     if page["study"] is not None:
         gain, metric = page["study"]["gain"], page["study"]["metric"]
         scale, unit = (1, "") if metric == "loss" else (100, " points")
-        low, high = gain["low"], gain["high"]
+        low, high, count = gain["low"], gain["high"], gain["n"]
         spread = "no interval" if low is None else f"95 % interval {scale * low:+.3g} to {scale * high:+.3g}"
         value = f"{scale * gain['value']:+.3g}{unit} of {metric}"
-        said["gain over scratch"] = f"{value} ({spread}, {gain['n']} seeds): {gain['verdict']}"
+        said["gain over scratch"] = f"{value} ({spread}, {count} seed{'s' * (count > 1)}): {gain['verdict']}"
     said |= {"report": str(report), "model": page["run"]["export"]}
     return {**said, "try it": f'jaxtransfer predict {out} --text "a sentence of your own"'}

@@ -21,7 +21,7 @@ from jaxtransfer.models.registry import Family, family
 from jaxtransfer.source import orbax_folder
 from jaxtransfer.source.card import card_text, lineage_record
 from jaxtransfer.source.resolve import ASSETS, CARD, CONFIG, MARKER
-from jaxtransfer.source.writer import sync_folder, write_folder, write_text
+from jaxtransfer.source.writer import fsync, write_folder, write_text
 from jaxtransfer.tree import diff, digest, flatten
 from jaxtransfer.tree.weights import is_weight
 from jaxtransfer.types import Source
@@ -65,7 +65,9 @@ def export(
                 if name in ASSETS:
                     shutil.copyfile(file, folder / name)
             write_text(folder / CARD, card_text(source, path.name, format, metrics))
-            write_text(folder / MARKER, json.dumps(_record(source, format, metrics), indent=2, allow_nan=False))
+            record = _record(source, format, metrics)
+            record |= {"files": orbax_folder.hashes(folder)} if format == "orbax" else {}
+            write_text(folder / MARKER, json.dumps(record, indent=2, allow_nan=False))
     except OSError as error:
         raise OSError(error.errno, f"cannot export: {error.strerror or error}", str(path)) from None
     return path
@@ -114,11 +116,11 @@ def _replacing(path: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        sync_folder(folder)
+        fsync(folder)
         if path.exists():
             path.rename(old)
         folder.rename(path)
-        sync_folder(path.parent)
+        fsync(path.parent)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jaxtransfer.models.names import turn
 from jaxtransfer.models.registry import Family, family, labels_of
 from jaxtransfer.source import orbax_folder, placing
 from jaxtransfer.source.card import read_card, text_of
+from jaxtransfer.source.orbax_folder import sha256
 from jaxtransfer.source.resolve import ASSETS, CARD, CONFIG, MARKER, Resolved, SourceError, resolve
 from jaxtransfer.source.safetensors import open_weights
 from jaxtransfer.source.strictjson import CONFIG_BYTES, MARKER_BYTES, printable, read_object
@@ -88,7 +88,7 @@ def load(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         weights = sorted({file.path for file in tensors.values()})
         # Every process hashes every file, though it copies only its own parts: the digest is the source's identity.
-        hashes = {path.name: pool.submit(_sha256, path) for path in weights}
+        hashes = {path.name: pool.submit(sha256, path) for path in weights}
         flat = placing.arrays(views, where, dtype, pool, found.ref)
         files = {name: future.result() for name, future in hashes.items()}
     _check_hashes(found, files)
@@ -136,6 +136,7 @@ def _from_orbax(
 ) -> Source:
     if dtype is not None:
         raise SourceError(f"{found.ref}: dtype is for safetensors; an Orbax export is read as it was written")
+    orbax_folder.verify(found.folder, record, found.ref)
     stored = orbax_folder.head_of(record.get("head"), found.ref)
     there, dropped = orbax_folder.stored_paths(found.folder, found.ref), {}
     model = kind.build(raw, stored, pooler=any(path.startswith("pooler/") for path in there), ignore=ignore)
@@ -152,11 +153,6 @@ def _rules(sharding: Sharding, model: Model, expected: Mapping[str, Any]) -> Rul
     return sharding(model, unflatten(expected)) if callable(sharding) else sharding
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_hashes(found: Resolved, files: Mapping[str, str]) -> None:
     for name, have in files.items():
         if have != found.hashes.get(name, have):
@@ -171,7 +167,7 @@ def _source(model: Model, params: Any, found: Resolved, raw: dict[str, Any], lin
     named = text_of(card.get("license_name") if card.get("license") == "other" else card.get("license"))
     lineage = dataclasses.replace(
         lineage,
-        files={**lineage.files, CONFIG: _sha256(found.files[CONFIG])},
+        files={**lineage.files, CONFIG: sha256(found.files[CONFIG])},
         commit=found.commit,
         license=None if named == "unknown" else named,
         base_model=text_of(card.get("base_model")),

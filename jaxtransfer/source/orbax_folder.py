@@ -1,6 +1,7 @@
 """Parameters in Orbax's format: every model of the zoo, whatever its head; read back only if nothing has changed."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -14,7 +15,8 @@ from jax.sharding import Mesh
 
 from jaxtransfer.models.api import abstract_init
 from jaxtransfer.source.placing import shardings
-from jaxtransfer.source.resolve import SourceError
+from jaxtransfer.source.resolve import MARKER, SourceError
+from jaxtransfer.source.strictjson import printable
 from jaxtransfer.tree import diff, digest, flatten, unflatten
 from jaxtransfer.tree.rules import Rules
 from jaxtransfer.types import Head, Model
@@ -37,6 +39,31 @@ def write(params: Any, folder: Path) -> None:
         if found := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
         raise
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of the stored parameters, by its path under ``folder``."""
+    files = sorted(path for path in (folder / FOLDER).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def verify(folder: Path, record: Mapping[str, Any], ref: str) -> None:
+    """Checks every file against the record before Orbax sees one: it reads most damage without a word, and some loudly.
+
+    Raises:
+      SourceError: a file is missing, extra or not what was written.
+    """
+    wanted, there = record.get("files"), hashes(folder)
+    if not isinstance(wanted, dict):
+        raise SourceError(f"{ref}: {MARKER} does not list the files of the parameters")
+    if wrong := sorted(name for name in {*wanted, *there} if wanted.get(name) != there.get(name)):
+        raise SourceError(f"{ref}: {printable(wrong[0])} is damaged: it is not what was exported")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stored_paths(folder: Path, ref: str) -> dict[str, Any]:

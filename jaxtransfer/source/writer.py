@@ -43,7 +43,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metad
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    fsync(path.parent)
     _compare(path, tensors)
     return path
 
@@ -78,9 +78,9 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Flushes one file or folder to the disk: of a folder, the renames in it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -90,7 +90,7 @@ def test_a_run_leaves_all_that_it_says(ran, world):
     assert found["value"] >= 0.8
     assert summary["accuracy"].startswith(f"{found['value']:.1%} (95 % interval {found['low']:.1%}")
     assert page["study"]["transfer"] == [found["value"]]
-    assert "no interval, 1 seeds" in summary["gain over scratch"]
+    assert "no interval, 1 seed)" in summary["gain over scratch"]
     assert set(page["subgroups"]["place"]) == {"here", "there"}
     assert set(page["curves"]) == {"transfer", "scratch"}
     best = page["run"]["best_step"]
