@@ -186,9 +186,9 @@ def _accumulated(grad_fn: Any, count: int, state: State, frozen: Params, batch: 
         live = jax.random.fold_in(key, index)
         (loss, (metrics, stats)), grads = grad_fn(state.params, stats, frozen, micro, live, state.step)
         weight = metrics.pop("weight", jnp.ones(()))
-        # A mean over nothing is 0/0, and counts for nothing.
+        # A mean over nothing is 0/0, and counts for nothing; a weight that is no number must spoil the whole.
         weighted = jax.tree.map(
-            lambda x: jnp.where(weight > 0, x * weight.astype(x.dtype), jnp.zeros_like(x)), (loss, metrics, grads)
+            lambda x: jnp.where(weight == 0, jnp.zeros_like(x), x * weight.astype(x.dtype)), (loss, metrics, grads)
         )
         return (*weighted, weight), stats
 
@@ -201,7 +201,7 @@ def _accumulated(grad_fn: Any, count: int, state: State, frozen: Params, batch: 
     shapes, _ = jax.eval_shape(part, state.stats, *jax.tree.map(lambda x: x[0], xs))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     ((loss, metrics, grads, weight), stats), _ = jax.lax.scan(body, (zero, state.stats), xs)
-    whole = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+    whole = jnp.where(weight == 0, jnp.ones_like(weight), weight)
     loss, metrics, grads = jax.tree.map(lambda x: x / whole.astype(x.dtype), (loss, metrics, grads))
     return loss, {**metrics, "weight": weight}, stats, grads
 

@@ -139,6 +139,8 @@ def test_a_microbatch_without_weight_counts_for_nothing(plain):
     (one, wanted), (four, found) = whole_batch(state, frozen, batch), step(state, frozen, batch)
     assert bool(found["finite"]) and np.isclose(found["loss"], wanted["loss"], rtol=1e-6)
     assert tiny.apart(tiny.gradients(state, four), tiny.gradients(state, one)) < 2e-6
+    batch["weight"][0] = np.nan  # which is not nothing: the step must be refused
+    assert not bool(step(state, frozen, batch)[1]["finite"])
 
 
 def test_a_batch_must_divide_into_its_microbatches(plain):
