@@ -3,6 +3,7 @@
 No gradient, optimizer state, clipping norm, accumulator or weight decay exists for a frozen leaf, by construction.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,19 +15,22 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtransfer.adapt.groups import FROZEN, STATS
 from jaxtransfer.adapt.heads import check_tied
-from jaxtransfer.models.api import apply
+from jaxtransfer.models.api import apply, layout_of
 from jaxtransfer.optim import master
 from jaxtransfer.parallel import BATCH_AXES, gather, shardings, state_shardings
 from jaxtransfer.tree.diff import TreeError
 from jaxtransfer.tree.partition import combine, partition
 from jaxtransfer.tree.paths import Params, flatten, map_with_path
 from jaxtransfer.tree.rules import Rule, Rules
-from jaxtransfer.tree.stacks import layers_of, layout, stack, unstack
+from jaxtransfer.tree.stacks import layers_of, stack, unstack
+from jaxtransfer.tree.weights import Fixed
 from jaxtransfer.types import Model, State, View
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[View], tuple[jax.Array, Metrics]]
 Step = Callable[[State, Params, Mapping[str, Any]], tuple[State, Metrics]]
+Observe = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+_AUGMENT = 2**31 - 1  # no stage has this index, whose key would be the same
 
 
 def init_state(
@@ -64,8 +68,7 @@ def init_state(
         if by_path[path] not in (FROZEN, STATS) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{path} is {leaf.dtype} and cannot train; label it 'frozen' or 'stats'")
     check_tied(model, by_path)
-    lists = {stage.name.rpartition("/")[0] for stage in model.stages if stage.name.rpartition("/")[2].isdigit()}
-    laid = stack(params, layout(params, labels, lists))
+    laid = stack(params, layout_of(model, params, labels))
     laid = jax.tree.map(jnp.asarray, laid) if mesh is None else jax.device_put(laid, shardings(laid, mesh, sharding))
 
     def kind(path: str) -> str:
@@ -117,6 +120,7 @@ def make_step(
     remat: str | None = None,
     accumulate: int = 1,
     donate: bool = True,
+    augment: Callable[[Mapping[str, Any], jax.Array], Mapping[str, Any]] | None = None,
 ) -> Step:
     """A jitted training step.
 
@@ -132,6 +136,7 @@ def make_step(
       remat: None, ``"full"`` or ``"dots"``.
       accumulate: number of microbatches that the batch is cut into; the batch must divide by it.
       donate: whether ``state`` is donated (its buffers are reused).
+      augment: ``augment(batch, key) -> batch``, on the device and from the step's key: mixup.
 
     Returns:
       ``step(state, frozen, batch) -> (state, metrics)``; metrics are device arrays: the objective's, ``loss``,
@@ -140,12 +145,24 @@ def make_step(
 
     def loss_fn(trained: Params, stats: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array) -> Any:
         params = combine(combine(trained, stats), frozen)
+        if augment is not None:
+            batch = augment(batch, jax.random.fold_in(key, _AUGMENT))
         outputs = apply(
-            model, _gathered(params, mesh, sharding), batch, train=training_stages(model, trained, frozen), key=key,
-            remat=remat, dtype=precision, constrain=_constraint(mesh),
+            model, held(_gathered(params, mesh, sharding), frozen), batch,
+            train=training_stages(model, trained, frozen), key=key, remat=remat, dtype=precision,
+            constrain=_constraint(mesh),
         )  # fmt: skip
         loss, metrics = objective(View(params, outputs, batch, key, step))
         return loss.astype(jnp.float32), (metrics, _merge(stats, outputs.get("stats", {})))
+
+    statistics = [re.compile(pattern) for pattern in model.stats]
+
+    def held(params: Params, frozen: Params) -> Params:
+        """Frozen statistics marked as such: their layers must not move them, even in a stage that trains."""
+        if not statistics or model.family == "foreign":
+            return params
+        fixed = {path for path in flatten(frozen) if any(p.fullmatch(layers_of(path)[0]) for p in statistics)}
+        return map_with_path(lambda path, leaf: Fixed(leaf) if path in fixed else leaf, params)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     update = optax.with_extra_args_support(tx).update
@@ -248,17 +265,17 @@ def _where(tree: Params, mesh: Mesh, rules: Rules) -> Any:
 
 def make_eval(
     model: Model,
-    outputs: Sequence[str] = ("logits",),
+    outputs: Sequence[str] | Observe = ("logits",),
     *,
     mesh: Mesh | None = None,
     sharding: Rules = (),
     precision: Any = jnp.float32,
 ) -> Callable[[State, Params, Mapping[str, Any]], dict[str, jax.Array]]:
-    """A jitted evaluation: ``evaluate(state, frozen, batch)`` gives the named outputs, in evaluation mode.
+    """A jitted evaluation: ``evaluate(state, frozen, batch)`` gives what is asked for, in evaluation mode.
 
     Args:
       model: the model.
-      outputs: names of outputs of `apply`.
+      outputs: names of outputs of `apply`, or a function ``(outputs, batch) -> {name: (B, ...)}`` of them.
       mesh, sharding: as given to `init_state`; the outputs are then replicated.
       precision: dtype of activations.
     """
@@ -266,12 +283,16 @@ def make_eval(
     def evaluate(state: State, frozen: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         params = _gathered(whole(state, frozen), mesh, sharding)
         found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh))
-        if missing := [name for name in outputs if name not in found]:
-            raise ValueError(f"the model has no output {missing[0]!r}; it has {', '.join(found)}")
-        picked = {name: found[name] for name in outputs}
+        picked = dict(outputs(found, batch)) if callable(outputs) else _picked(found, outputs)
         return picked if mesh is None else jax.lax.with_sharding_constraint(picked, NamedSharding(mesh, P()))
 
     return jax.jit(evaluate)
+
+
+def _picked(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"the model has no output {missing[0]!r}; it has {', '.join(found)}")
+    return {name: found[name] for name in names}
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:

@@ -23,6 +23,9 @@ class Stage:
       init: ``init(key) -> params``, fresh parameters.
       writes: the entries that it writes; everything else in the carry passes unchanged (and is not carried by a scan).
       reads: paths of parameters of other stages, handed to ``fn`` in this order (a tied head reads the embedding).
+      constants: what tells this layer from its like, as numbers (its index, its attention window); ``fn`` finds them
+        in the carry. A scan runs over them, so like stages differ in constants and still share one compiled body.
+      slots: what subtrees may stand among its parameters: slot -> place in it -> width of the features there.
     """
 
     name: str
@@ -30,11 +33,16 @@ class Stage:
     init: Callable[[jax.Array], Params]
     writes: tuple[str, ...] = ("hidden",)
     reads: tuple[str, ...] = ()
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    slots: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What a model ends in. ``kind``: sequence-classification, token-classification, question-answering, masked-lm.
+    """What a model ends in.
+
+    ``kind``: sequence-classification, token-classification, question-answering, masked-lm, causal-lm,
+    image-classification.
 
     Attributes:
       kind: one of the kinds above, or a kind of the user's own.
@@ -62,6 +70,7 @@ class Model:
       outputs: carry entry -> name in the outputs of `apply`: ``{"hidden": "last_hidden_state"}``.
       head: what the model ends in; None is the bare trunk.
       stats: patterns of the paths that hold running statistics.
+      cache: ``cache(rows, length, dtype) -> cache``, an empty cache for decoding; None where the model does not decode.
     """
 
     family: str
@@ -70,6 +79,7 @@ class Model:
     outputs: Mapping[str, str]
     head: Head | None = None
     stats: tuple[str, ...] = ()
+    cache: Callable[[int, int, Any], Carry] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

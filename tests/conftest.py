@@ -94,6 +94,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{DATA_HINT} is absent")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_go_with_their_module() -> Iterator[None]:
+    """Or a worker that runs a quarter of the suite holds five gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of small real data sets; tests that use it are skipped where it is absent."""

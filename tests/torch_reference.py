@@ -1,4 +1,4 @@
-"""Tiny random torch models of the BERT encoder family: what the parity tests compare against.
+"""Tiny random torch models: what the parity tests compare against.
 
 Importing this module needs numpy and pytest only; a function that needs torch or transformers skips the
 calling test where they are absent. Names are those that `save_pretrained` writes, which is the contract, and
@@ -23,13 +23,30 @@ _AUTO_CLASSES = {
     "qa": "AutoModelForQuestionAnswering",
     "mlm": "AutoModelForMaskedLM",
     "pretraining": "AutoModelForPreTraining",
+    "imgcls": "AutoModelForImageClassification",
+}
+_CLASSES = {  # what no AutoModel makes from a bare configuration
+    ("deit", "imgcls"): "DeiTForImageClassification",
+    ("deit", "teacher"): "DeiTForImageClassificationWithTeacher",
 }
 _CONFIG_CLASSES = {
     "bert": "BertConfig",
     "roberta": "RobertaConfig",
     "xlm-roberta": "XLMRobertaConfig",
     "distilbert": "DistilBertConfig",
+    "resnet": "ResNetConfig",
+    "vit": "ViTConfig",
+    "deit": "DeiTConfig",
+    "dinov2": "Dinov2Config",
 }
+_VIT = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 20, "patch_size": 5}
+_VISION = {
+    "resnet": {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [2, 3], "layer_type": "basic"},
+    "vit": _VIT | {"intermediate_size": 37},
+    "deit": _VIT | {"intermediate_size": 37},
+    "dinov2": _VIT | {"mlp_ratio": 3},
+}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LABELS = ("negative", "neutral", "positive")
 _OUTPUTS = (
     "last_hidden_state",
@@ -39,6 +56,8 @@ _OUTPUTS = (
     "end_logits",
     "prediction_logits",
     "seq_relationship_logits",
+    "cls_logits",
+    "distillation_logits",
 )
 
 
@@ -55,12 +74,15 @@ def tiny_config(family, head, **overrides):
     configuration class. (Published RoBERTa and XLM-RoBERTa files say `layer_norm_eps=1e-5`, the class 1e-12.)
     """
     transformers = pytest.importorskip("transformers")
-    if family == "distilbert":
+    if family in _VISION:
+        fields = dict(_VISION[family])
+    elif family == "distilbert":
         fields = {"dim": 24, "n_layers": 3, "n_heads": 3, "hidden_dim": 37}
     else:
         fields = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
         fields |= {"intermediate_size": 37, "type_vocab_size": 2 if family == "bert" else 1}
-    fields |= {"vocab_size": 101, "max_position_embeddings": 41}
+    if family not in _VISION:
+        fields |= {"vocab_size": 101, "max_position_embeddings": 41}
     if head != "qa" and "num_labels" not in overrides:
         fields["id2label"] = dict(enumerate(_LABELS))
         fields["label2id"] = {name: index for index, name in enumerate(_LABELS)}
@@ -75,8 +97,22 @@ def random_model(family, head, seed, dtype=None, **overrides):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = tiny_config(family, head, **overrides)
-    auto_class = getattr(transformers, _AUTO_CLASSES[head])
-    model = auto_class.from_config(config, attn_implementation="eager", dtype=dtype or torch.float32)
+    how = {"attn_implementation": "eager", "dtype": dtype or torch.float32}
+    if (family, head) in _CLASSES:
+        model = getattr(transformers, _CLASSES[family, head])._from_config(config, **how)
+    else:
+        model = getattr(transformers, _AUTO_CLASSES[head]).from_config(config, **how)
+    redraw(model, seed)
+    return model.eval()
+
+
+def from_config(raw, seed, dtype=None):
+    """As `random_model`, of the class that a raw configuration names first; for families without a row above."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(**raw)
+    how = {"attn_implementation": "eager", "dtype": dtype or torch.float32}
+    model = getattr(transformers, raw["architectures"][0])._from_config(config, **how)
     redraw(model, seed)
     return model.eval()
 
@@ -84,22 +120,30 @@ def random_model(family, head, seed, dtype=None, **overrides):
 def redraw(model, seed):
     """Draw every parameter of `model` again, in place: no zero bias, no unit scale, no zero padding row.
 
-    Matrices are 0.3 N, LayerNorm's scales 1 + 0.2 N, biases 0.1 N. The draw of a parameter depends on the
+    Matrices are 0.3 N, LayerNorm's scales 1 + 0.2 N, biases 0.1 N, kernels of convolutions sqrt(2 / fan in) N; running
+    means 0.1 N, variances exp(0.3 N), and counts what 1,000 + 100 N rounds to. The draw of a parameter depends on the
     seed and on its name behind the trunk's prefix, so a trunk has the same weights under every head.
     """
     torch = pytest.importorskip("torch")
     prefix = model.base_model_prefix + "."
-    for name, parameter in _parameters(model).items():
+    statistics = {name: value for name, value in model.named_buffers() if name.endswith(_STATISTICS)}
+    for name, parameter in (_parameters(model) | statistics).items():
         words = [seed, zlib.crc32(name.removeprefix(prefix).encode())]
         value = np.random.default_rng(words).standard_normal(tuple(parameter.shape))
-        if name.endswith(".bias"):
+        if name.endswith("running_var"):
+            value = np.exp(0.3 * value)
+        elif name.endswith("num_batches_tracked"):
+            value = np.round(1000 + 100 * value)
+        elif name.endswith((".bias", "running_mean")):
             value = 0.1 * value
         elif parameter.ndim == 1:
             value = 1 + 0.2 * value
+        elif parameter.ndim == 4:
+            value = value * np.sqrt(2 / np.prod(parameter.shape[1:]))
         else:
             value = 0.3 * value
         with torch.no_grad():
-            parameter.copy_(torch.from_numpy(value))
+            parameter.copy_(torch.from_numpy(np.asarray(value)))
 
 
 def save(model, folder, tokenizer=False):
@@ -172,6 +216,16 @@ def batch(family, vocab, shape, seed):
     return arrays
 
 
+def batch_for(raw, seed):
+    """Inputs for a model of a raw configuration: tokens as `batch` gives them, or images of an odd size."""
+    if "vocab_size" in raw:
+        return batch(raw["model_type"], raw["vocab_size"], (3, 11), seed)
+    size = raw.get("image_size", (19, 22))
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    pixels = np.random.default_rng(seed).standard_normal((3, *size, raw.get("num_channels", 3)))
+    return {"pixel_values": pixels.astype(np.float32)}
+
+
 def outputs(model, batch):
     """Outputs by name as numpy arrays, in the model's mode; `hidden_states` is a list, the embeddings first.
 
@@ -197,14 +251,27 @@ def gradients(model, batch, cotangents):
     """
     torch = pytest.importorskip("torch")
     parameters = _parameters(model)
-    found = _forward(model, batch)
+    with plain_convolutions():
+        found = _forward(model, batch)
     missing = sorted(set(cotangents) - set(found))
     if missing:
         raise ValueError(f"no such outputs: {missing}; there are {sorted(set(found) - {'hidden_states'})}")
     weights = {name: torch.from_numpy(np.asarray(value)) for name, value in cotangents.items()}
     total = sum((found[name] * weight).sum() for name, weight in weights.items())
-    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    with plain_convolutions():
+        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return _on_disk(model, {name: grad.contiguous() for name, grad in zip(parameters, grads, strict=True)})
+
+
+@contextlib.contextmanager
+def plain_convolutions():
+    """Without oneDNN, whose backward pass of small convolutions crashes now and then (torch 2.13, several threads)."""
+    mkldnn = pytest.importorskip("torch").backends.mkldnn
+    before, mkldnn.enabled = mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        mkldnn.enabled = before
 
 
 def _parameters(model):
@@ -218,15 +285,23 @@ def _parameters(model):
 
 def _forward(model, batch):
     """One forward pass: the head's outputs and its trunk's, by name."""
-    torch = pytest.importorskip("torch")
     trunk = {}
     hook = model.base_model.register_forward_hook(lambda module, args, output: trunk.update(output))
     try:
-        inputs = {name: torch.from_numpy(np.asarray(value)).long() for name, value in batch.items()}
+        inputs = {name: tensor(value) for name, value in batch.items()}
         head = model(**inputs, output_hidden_states=True)
     finally:
         hook.remove()
     return {name: value for name, value in (trunk | dict(head)).items() if value is not None}
+
+
+def tensor(value):
+    """An input as torch wants it: integers in 64 bits, images (B, H, W, C) with the channels first."""
+    torch = pytest.importorskip("torch")
+    found = torch.from_numpy(np.asarray(value))
+    if not found.is_floating_point():
+        return found.long()
+    return found.permute(0, 3, 1, 2).contiguous() if found.ndim == 4 else found
 
 
 def _on_disk(model, tensors):

@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtransfer.tree.paths import Params, flatten
+import jax
+
+from jaxtransfer.tree.paths import Params, flatten, map_with_path
 from jaxtransfer.tree.rules import Rule, Rules, match
 from jaxtransfer.types import Model
 
@@ -20,7 +22,12 @@ def full(model: Model) -> Rules:
 
 
 def head_only(model: Model) -> Rules:
-    """The head trains, everything before it is frozen: a linear probe of the trunk's features."""
+    """The head trains, everything before it is frozen: a linear probe of the trunk's features.
+
+    Raises:
+      ValueError: the head has no parameters of its own, but reads the frozen embedding.
+    """
+    _check_untied(model, "head_only")
     return (*_stats(model), Rule(r"head/.*", "head"), Rule(r".*", FROZEN, optional=True))
 
 
@@ -28,8 +35,9 @@ def last(model: Model, blocks: int) -> Rules:
     """The last ``blocks`` layers and all that follows them train.
 
     Raises:
-      ValueError: the model has fewer layers.
+      ValueError: the model has fewer layers, or the head has no parameters of its own, but reads the frozen embedding.
     """
+    _check_untied(model, f"last({blocks})")
     names = [stage.name for stage in model.stages]
     layers = _layers(names)
     if not layers or not 0 <= blocks <= len(layers):
@@ -37,6 +45,50 @@ def last(model: Model, blocks: int) -> Rules:
     first = names.index(layers[-blocks]) if blocks else names.index(layers[-1]) + 1
     rules = [Rule(f"{re.escape(name)}/.*", "trunk", optional=True) for name in names[first:]]
     return (*_stats(model), Rule(r"head/.*", "head", optional=True), *rules, Rule(r".*", FROZEN, optional=True))
+
+
+def adapters(model: Model) -> Rules:
+    """The adapters' own parts train as group ``adapter``, a head as ``head``; every base is frozen.
+
+    Of adapters on top of one another the outermost trains. Bottlenecks, prompts and prefixes train too.
+    """
+    return (
+        *_stats(model),
+        Rule(r"[^@]*@(a|b|d|magnitude|gain)|(.*/)?(adapter|prompt|prefix)/.*", "adapter"),
+        Rule(r"head/[^@]*", "head", optional=True),
+        Rule(r".*", FROZEN, optional=True),
+    )
+
+
+def lora_plus(model: Model) -> Rules:
+    """As `adapters`, with ``b`` as a group ``adapter_b`` of its own, to be given a larger rate.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354) takes 16 times the rate of ``a`` or so.
+    """
+    return (*_stats(model), Rule(r"[^@]*@b", "adapter_b"), *adapters(model)[len(model.stats) :])
+
+
+def biases(model: Model) -> Rules:
+    """Biases train, and the head (BitFit: Ben Zaken et al. 2022, arXiv:2106.10199)."""
+    return (*_stats(model), *_with_head(Rule(r".*/bias", "trunk")))
+
+
+def norms(model: Model) -> Rules:
+    """The scales and biases of normalisations train, and the head."""
+    return (*_stats(model), *_with_head(Rule(r"(.*/)?\w*norm\w*/(scale|bias)", "trunk")))
+
+
+def _with_head(rule: Rule) -> Rules:
+    return Rule(r"head/.*", "head", optional=True), rule, Rule(r".*", FROZEN, optional=True)
+
+
+def _check_untied(model: Model, recipe: str) -> None:
+    """Nothing of a head that is its embedding alone would train; other tied heads are `heads.check_tied`'s affair."""
+    for stage in model.stages:
+        if stage.name == "head" and stage.reads and not jax.eval_shape(stage.init, jax.random.key(0)):
+            raise ValueError(
+                f"{recipe}: the head is {stage.reads[0]}, which this recipe freezes: untie(source) first, or train both"
+            )
 
 
 def _stats(model: Model) -> tuple[Rule, ...]:
@@ -51,11 +103,21 @@ def _layers(names: Sequence[str]) -> list[str]:
 def labels_of(model: Model, rules: Rules, params: Params) -> Any:
     """The tree of labels; the model's running statistics come before the user's rules.
 
+    The statistics of a layer whose own parameters are all frozen are frozen with it: they do not move, and it
+    normalises by them even where the rest of its stage trains. (Inside a user's own model that is the user's affair.)
+
     Raises:
       RuleError: as `tree.match`.
     """
     given = [rule for rule in rules if rule[0] not in model.stats]
-    return match((*_stats(model), *given), params)
+    labels = match((*_stats(model), *given), params)
+    if not model.stats or model.family == "foreign":
+        return labels
+    beside: dict[str, set[str]] = {}
+    for path, label in flatten(labels).items():
+        beside.setdefault(path.rpartition("/")[0], set()).add(label)
+    held = {layer for layer, found in beside.items() if found == {FROZEN, STATS}}
+    return map_with_path(lambda path, label: FROZEN if path.rpartition("/")[0] in held else label, labels)
 
 
 def layerwise_decay(model: Model, params: Params, decay: float) -> dict[str, float]:
@@ -96,4 +158,5 @@ def stage_depths(names: Sequence[str]) -> dict[str, int]:
 
 
 def _depth(path: str, depth: dict[str, int]) -> int:
-    return next(level for name, level in depth.items() if path.startswith(f"{name}/"))
+    top = max(depth.values())  # of what all layers share
+    return next((level for name, level in depth.items() if path.startswith(f"{name}/")), top)

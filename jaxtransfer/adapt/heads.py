@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtransfer.models.foreign import head_stage
 from jaxtransfer.models.registry import family
 from jaxtransfer.tree.paths import flatten, unflatten, weight_path
-from jaxtransfer.tree.weights import is_weight, transpose
+from jaxtransfer.tree.weights import SHARED, is_weight, transpose
 from jaxtransfer.types import Head, Lineage, Model, Source, Stage
 
 
@@ -43,6 +43,11 @@ def masked_lm() -> Head:
     return Head("masked-lm")
 
 
+def causal_lm() -> Head:
+    """The next token over the vocabulary, by the word embedding where the model ties the two."""
+    return Head("causal-lm")
+
+
 def _names(labels: Sequence[str] | int) -> tuple[str, ...]:
     names = tuple(f"LABEL_{i}" for i in range(labels)) if isinstance(labels, int) else tuple(map(str, labels))
     if not names or len(set(names)) != len(names):
@@ -55,7 +60,7 @@ def swap_head(source: Source, head: Head, key: jax.Array) -> Source:
 
     Args:
       source: any source; the parameters of its trunk are shared, not copied.
-      head: `classifier`, `tokens`, `span`, `masked_lm`, or a :class:`Head` with stages of the user's own.
+      head: `classifier`, `tokens`, `span`, `masked_lm`, `causal_lm`, or a :class:`Head` with stages of the user's own.
       key: draws the new parameters; stage ``i`` of the new model draws from ``fold_in(key, i)``.
 
     Raises:
@@ -65,7 +70,7 @@ def swap_head(source: Source, head: Head, key: jax.Array) -> Source:
         raise ValueError(f"the stages of a head are called 'head' or 'head/...', not {alien[0]!r}")
     model = _reheaded(source.model, head)
     roots = {_root(stage) for stage in model.stages}
-    kept = {root: node for root, node in source.params.items() if root in roots and root != "head"}
+    kept = {root: node for root, node in source.params.items() if root in {*roots, SHARED} - {"head"}}
     fresh = {}
     for index, stage in enumerate(model.stages):
         if _root(stage) not in kept:
@@ -95,7 +100,7 @@ def _reheaded(model: Model, head: Head) -> Model:
 
 
 def untie(source: Source) -> Source:
-    """A masked-LM head with a decoder of its own, copied from the embedding that it was tied to.
+    """A language-modelling head with a decoder of its own, copied from the embedding that it was tied to.
 
     Raises:
       ValueError: the head is not tied.
@@ -105,7 +110,7 @@ def untie(source: Source) -> Source:
         raise ValueError(f"untie: the head of this {model.family} model is not tied to an embedding")
     untied = dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=False))
     kernel = jnp.array(transpose(source.params["embed"]["word"]["embedding"]), copy=True)
-    params = {**source.params, "head": {**source.params["head"], "decoder": {"kernel": kernel}}}
+    params = {**source.params, "head": {**source.params.get("head", {}), "decoder": {"kernel": kernel}}}
     new = family(model.family).rehead(untied, head)
     return dataclasses.replace(source, model=new, params=params, lineage=_noted(source, "untie()"))
 

@@ -7,7 +7,7 @@ This is the only place where NNX modules are split and merged. Parameters are bo
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtransfer.models import slots as slot
+from jaxtransfer.tree import weights
 from jaxtransfer.tree.diff import TreeError
 from jaxtransfer.tree.paths import Params, flatten, weight_path
-from jaxtransfer.tree.stacks import layers_of, run_of
+from jaxtransfer.tree.stacks import Layout, layers_of, layout, run_of
 from jaxtransfer.types import Carry, Model, Stage
 
 REMAT: dict[str, Any] = {
@@ -26,7 +28,7 @@ REMAT: dict[str, Any] = {
 }
 """Rematerialisation by name: ``full`` keeps stage inputs only, ``dots`` also the outputs of matrix products."""
 
-STATS = "stats"
+STATS, CACHE = "stats", "cache"
 
 
 def stages_of(
@@ -36,6 +38,8 @@ def stages_of(
     *,
     writes: tuple[str, ...] = ("hidden",),
     reads: tuple[str, ...] = (),
+    constants: Mapping[str, Sequence[Any]] | None = None,
+    slots: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[Stage, ...]:
     """Like stages, one for each name, from an NNX module and how to call it.
 
@@ -43,17 +47,22 @@ def stages_of(
       names: the stages' names.
       module: ``module(rngs)`` builds the module.
       call: ``call(module, carry, key, *reads) -> written entries``.
+      constants: name -> one number for each stage, which ``call`` finds in the carry.
+      slots: what subtrees may stand among the parameters, which ``call`` finds in the carry: see `models.slots`.
     """
+    places = slots or {}
     graph, abstract = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))))
 
     def fn(params: Params, carry: Carry, key: jax.Array | None, *read: Any) -> Carry:
-        return call(bind(graph, abstract, params), carry, key, *read)
+        own, held = slot.taken(params, places)
+        return call(bind(graph, abstract, own), {**carry, slot.HELD: held}, key, *read)
 
     @jax.jit
     def fresh(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.split(module(nnx.Rngs(key)))[1])
 
-    return tuple(Stage(name, fn, fresh, writes, reads) for name in names)
+    own = [{name: numbers[i] for name, numbers in (constants or {}).items()} for i in range(len(names))]
+    return tuple(Stage(name, fn, fresh, writes, reads, has, places) for name, has in zip(names, own, strict=True))
 
 
 def bind(graph: Any, abstract: Any, params: Params) -> Any:
@@ -101,6 +110,18 @@ def abstract_init(model: Model) -> Params:
     return jax.eval_shape(functools.partial(init, model), jax.random.key(0))
 
 
+def layout_of(model: Model, params: Params, labels: Any = None) -> Layout:
+    """Which layers of the model's lists may be stacked: like in function, structure and labels; see `tree.layout`."""
+    lists = {stage.name.rpartition("/")[0] for stage in model.stages if stage.name.rpartition("/")[2].isdecimal()}
+    table = dict(layout(params, labels, lists))
+    fns = {stage.name: stage.fn for stage in model.stages}
+    for path, runs in table.items():
+        cuts = {end for run in runs for end in run}
+        cuts |= {i for i in range(1, max(cuts)) if fns[f"{path}/{i}"] is not fns[f"{path}/{i - 1}"]}
+        table[path] = tuple(pairwise(sorted(cuts)))
+    return table
+
+
 def apply(
     model: Model,
     params: Params,
@@ -108,6 +129,7 @@ def apply(
     *,
     train: bool | Collection[str] = False,
     key: jax.Array | None = None,
+    cache: Carry | None = None,
     capture: Collection[str] = (),
     remat: str | None = None,
     dtype: Any = jnp.float32,
@@ -120,6 +142,7 @@ def apply(
       batch: by Hugging Face's names: ``input_ids`` (B, T), ``attention_mask`` (B, T), ...
       train: True, or the names of the stages in training mode (dropout, moving statistics).
       key: PRNG key, needed where anything trains; stage ``i`` uses ``fold_in(key, i)`` however the model is cut.
+      cache: of decoding, from ``model.cache(rows, length, dtype)``: the batch holds the tokens that follow those in it.
       capture: boundaries whose activations are returned.
       remat: None, ``"full"`` or ``"dots"``: what the backward pass recomputes.
       dtype: of activations; weights are cast where they are used.
@@ -127,19 +150,22 @@ def apply(
 
     Returns:
       The model's outputs by Hugging Face's names; ``"captured"`` where asked for; ``"stats"``, a tree of new running
-      statistics, where training moved any.
+      statistics, where training moved any; ``"cache"``, the new one, where one is given.
 
     Raises:
       TreeError: parameters that no stage owns or reads, besides what `run_span` raises.
     """
     if surplus := _surplus(model, params):
         raise TreeError(f"no stage of the model owns or reads {', '.join(surplus[:8])} ({len(surplus)} leaves in all)")
+    if cache is not None and model.cache is None:
+        raise ValueError(f"cache: a {model.family} model does not decode")
+    given = dict(batch) if cache is None else {**batch, CACHE: cache}
     carry = run_span(
-        model, params, dict(batch), None, None, train=train, key=key, capture=capture, remat=remat, dtype=dtype,
+        model, params, given, None, None, train=train, key=key, capture=capture, remat=remat, dtype=dtype,
         constrain=constrain,
     )  # fmt: skip
     outputs = {name: carry[entry] for entry, name in model.outputs.items() if entry in carry}
-    for name in ("captured", STATS):
+    for name in ("captured", STATS, *([] if cache is None else [CACHE])):
         if name in carry:
             outputs[name] = carry[name]
     return outputs
@@ -181,8 +207,10 @@ def run_span(
         raise ValueError("train=True needs a key")
     if remat is not None and remat not in REMAT:
         raise ValueError(f"remat: {remat!r} is not one of {[None, *REMAT]}")
-    how = _How(remat, dtype, constrain)
+    how = _How(remat, dtype, constrain, params.get(weights.SHARED, {}))
     out: Carry = {name: jnp.asarray(value) if isinstance(value, np.ndarray) else value for name, value in carry.items()}
+    if start is None:  # images come in float32, and the first convolution should run in the dtype of all others
+        out = {name: value if name == CACHE else jax.tree.map(how.in_dtype, value) for name, value in out.items()}
     for run in _runs(model, params, first, last, training, ends):
         stage = model.stages[run.low]
         reads = tuple(_get(params, path) for path in stage.reads)
@@ -215,6 +243,7 @@ class _Run:
     path: str
     params: Any
     stacked: bool
+    constants: tuple[Mapping[str, Any], ...] = ()
 
 
 def _runs(
@@ -241,7 +270,8 @@ def _runs(
             raise TreeError(f"{parent}/{name}/{short[0]} is not stacked from {end - begin} layers")
         if length != end - begin:
             part = jax.tree.map(lambda leaf, o=offset, n=length: leaf[o : o + n], part)
-        yield _Run(low, high, f"{parent}/{int(key)}:{int(key) + length}", part, True)
+        constants = tuple(dict(stage.constants) for stage in model.stages[low:high])
+        yield _Run(low, high, f"{parent}/{int(key)}:{int(key) + length}", part, True, constants)
         low = high
 
 
@@ -254,40 +284,57 @@ def _stack_holding(siblings: Mapping[str, Any], layer: int, stage: str) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """How stages are run: rematerialisation, dtype of activations, sharding constraint."""
+    """How stages are run: rematerialisation, dtype of activations, sharding constraint, what leaf types share."""
 
     remat: str | None
     dtype: Any
     constrain: Callable[[jax.Array], jax.Array] | None
+    shared: Params
 
     def run(self, stage: Stage, run: _Run, carry: Carry, reads: tuple[Any, ...], key: jax.Array | None) -> Any:
         """The entries written by a run, and its new statistics."""
         fixed = {name: value for name, value in carry.items() if name not in (*stage.writes, STATS, "captured")}
-        moving = {name: self.cast(carry[name]) for name in stage.writes if name in carry}
+        moving = {name: self.cast(name, carry[name]) for name in stage.writes if name in carry}
 
-        def body(moving: Carry, xs: tuple[Any, Any]) -> tuple[Carry, Any]:
-            layer, index = xs
+        def body(moving: Carry, xs: tuple[Any, Any, Any]) -> tuple[Carry, Any]:
+            layer, index, own = xs
+            layer = weights.with_shared(layer, self.shared)
             live = None if key is None else jax.random.fold_in(key, index)
-            written = dict(stage.fn(layer, {**fixed, **moving}, live, *reads))
+            written = dict(stage.fn(layer, {**fixed, **moving, **own}, live, *reads))
             stats = written.pop(STATS, None)
-            return {**moving, **{name: self.cast(value) for name, value in written.items()}}, stats
+            return {**moving, **{name: self.cast(name, value) for name, value in written.items()}}, stats
 
         if self.remat is not None:
-            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=not run.stacked)
+            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=run.high - run.low == 1)
         if not run.stacked:
-            return body(moving, (run.params, run.low))
-        return jax.lax.scan(body, moving, (run.params, jnp.arange(run.low, run.high)))
+            return body(moving, (run.params, run.low, stage.constants))
+        if run.high - run.low == 1:
+            xs = (jax.tree.map(lambda x: x[0], run.params), run.low, stage.constants)
+            after = jax.eval_shape(body, moving, xs)[0]
+            if jax.tree.map(jnp.shape, after) != jax.tree.map(jnp.shape, moving):  # which a scan cannot carry
+                written, stats = body(moving, xs)
+                return written, jax.tree.map(lambda x: x[None], stats)
+        own = jax.tree.map(lambda *numbers: jnp.stack([jnp.asarray(x) for x in numbers]), *run.constants)
+        return jax.lax.scan(body, moving, (run.params, jnp.arange(run.low, run.high), own))
 
-    def cast(self, x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+    def cast(self, name: str, x: Any) -> Any:
+        """Activations in their dtype and place; a cache has its own."""
+        if name == CACHE:
             return x
-        x = x.astype(self.dtype)
-        return x if self.constrain is None else self.constrain(x)
+        return jax.tree.map(self._cast, x)
+
+    def in_dtype(self, x: Any) -> Any:
+        return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def _cast(self, x: Any) -> Any:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return self.constrain(self.in_dtype(x)) if floating and self.constrain is not None else self.in_dtype(x)
 
 
 def _surplus(model: Model, params: Params) -> list[str]:
-    """The canonical paths of leaves that no stage owns or reads."""
+    """The canonical paths of leaves that no stage owns or reads, and no leaf type shares."""
     used = {path for stage in model.stages for path in (stage.name, *stage.reads)}
+    used |= {f"{weights.SHARED}/{name}" for name in weights.shared_in(params)}
     paths = [path for laid_out in flatten(params) for path in layers_of(laid_out)]
     return [p for p in paths if used.isdisjoint(accumulate(weight_path(p).split("/"), "{}/{}".format))]
 

@@ -104,13 +104,17 @@ def export_architecture(head: Head | None, architectures: Mapping[str, str | Non
             f"a {head.kind} head with {what} has no Hugging Face class; export with format='orbax', or train the "
             "family's own head (pooling=None)"
         )
+    if head.kind not in architectures.values():
+        classes = ", ".join(architectures)
+        raise ConfigFieldError(f"a {head.kind} head has no class among {classes}; export with format='orbax'")
     return next(name for name, kind in architectures.items() if kind == head.kind)
 
 
 def export_config(model: Model, raw: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of an exported BERT."""
     out = with_head(raw, model.head, export_architecture(model.head, ARCHITECTURES))
-    return {**out, "model_type": "bert", "tie_word_embeddings": model.config.tie_word_embeddings}
+    changed = {field: getattr(model.config, field) for field in ("tie_word_embeddings", "vocab_size")}
+    return {**out, "model_type": "bert", **changed}
 
 
 FAMILIES = {"bert": Family("bert", ARCHITECTURES, build, rehead, names, export_config, encoder.TENSOR_RULES)}

@@ -90,7 +90,8 @@ rehead = partial(encoder.rehead, "distilbert", VARIANT)
 def export_config(model: Model, raw: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of an exported DistilBERT."""
     out = with_head(raw, model.head, export_architecture(model.head, ARCHITECTURES))
-    return {**out, "model_type": "distilbert", "tie_word_embeddings": model.config.tie_word_embeddings}
+    changed = {field: getattr(model.config, field) for field in ("tie_word_embeddings", "vocab_size")}
+    return {**out, "model_type": "distilbert", **changed}
 
 
 FAMILIES = {

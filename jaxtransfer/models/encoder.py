@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxtransfer.models import slots
 from jaxtransfer.models.api import stages_of
 from jaxtransfer.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, attention, dropout, split
 from jaxtransfer.models.registry import ConfigFieldError
@@ -26,6 +27,10 @@ OUTPUTS = {
     "start_logits": "start_logits",
     "end_logits": "end_logits",
 }
+
+
+PLACES = {"adapter": ("attention", "mlp"), "prefix": ("key", "value")}
+"""The slots of a block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +107,26 @@ class Embed(nnx.Module):
     def __call__(self, carry: Carry, key: jax.Array | None) -> Carry:
         ids = carry["input_ids"]
         mask = carry.get("attention_mask", jnp.ones_like(ids)).astype(bool)
-        x = self.word(ids) + self.position(self.positions(ids))
+        lead = slots.lead(carry)
+        x = slots.prompted(self.word(ids), carry) + self.position(self.positions(ids, lead))
         if self.type is not None:
-            x = x + self.type(carry.get("token_type_ids", jnp.zeros_like(ids)))
-        return {"hidden": dropout(self.norm(x), self.c.hidden_dropout_prob, key), "mask": mask}
+            types = carry.get("token_type_ids", jnp.zeros_like(ids))
+            x = x + self.type(jnp.pad(types, ((0, 0), (lead, 0))))
+        x = dropout(self.norm(x), self.c.hidden_dropout_prob, key)
+        return {**slots.parted(x, ids.shape[1]), "mask": mask}
 
-    def positions(self, ids: jax.Array) -> jax.Array:
-        first = self.c.pad_token_id + 1 if self.v.positions_skip_padding else 0
-        if ids.shape[-1] + first > self.c.max_position_embeddings:
+    def positions(self, ids: jax.Array, lead: int) -> jax.Array:
+        """Of a prompt of length ``lead`` and of the tokens behind it."""
+        first, count = (self.c.pad_token_id + 1 if self.v.positions_skip_padding else 0), lead + ids.shape[1]
+        if count + first > self.c.max_position_embeddings:
+            what = f"a prompt of {lead} and " if lead else ""
             raise ValueError(
-                f"input of length {ids.shape[-1]} does not fit: the model has {self.c.max_position_embeddings - first} "
-                "positions; set max_length"
+                f"{what}input of length {ids.shape[1]} does not fit: the model has "
+                f"{self.c.max_position_embeddings - first} positions; set max_length"
             )
         if not self.v.positions_skip_padding:
-            return jnp.arange(ids.shape[-1])[None]
-        real = (ids != self.c.pad_token_id).astype(ids.dtype)
+            return jnp.arange(count)[None]
+        real = jnp.pad(ids != self.c.pad_token_id, ((0, 0), (lead, 0)), constant_values=True).astype(ids.dtype)
         return jnp.cumsum(real, axis=-1, dtype=ids.dtype) * real + self.c.pad_token_id
 
 
@@ -132,15 +142,16 @@ class Attention(nnx.Module):
         self.norm = LayerNorm(d, eps=c.layer_norm_eps)
         self.c, self.v = c, v
 
-    def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, carry: Carry, key: jax.Array | None) -> jax.Array:
         kq, kk, kv, ka, ko, kd = split(key, 6)
+        c, x = self.c, carry["hidden"]
         q, k, v = self.query(x, kq), self.key(x, kk), self.value(x, kv)
-        c = self.c
+        k, v, mask = slots.prefixed(carry, k, v, carry["mask"])
         y = attention(q, k, v, mask, heads=c.num_attention_heads, rate=c.attention_probs_dropout_prob, key=ka)
         y = self.output(y, ko)
         if self.v.attention_dropout:
             y = dropout(y, c.hidden_dropout_prob, kd)
-        return self.norm(x + y)
+        return self.norm(x + slots.adapted(y, carry, "attention"))
 
 
 class MLP(nnx.Module):
@@ -152,10 +163,11 @@ class MLP(nnx.Module):
         self.norm = LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.c = c
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, carry: Carry, key: jax.Array | None) -> jax.Array:
         ku, kd, kr = split(key, 3)
+        x = carry["hidden"]
         y = self.down(ACTIVATIONS[self.c.hidden_act](self.up(x, ku)), kd)
-        return self.norm(x + dropout(y, self.c.hidden_dropout_prob, kr))
+        return self.norm(x + slots.adapted(dropout(y, self.c.hidden_dropout_prob, kr), carry, "mlp"))
 
 
 class Block(nnx.Module):
@@ -166,7 +178,7 @@ class Block(nnx.Module):
 
     def __call__(self, carry: Carry, key: jax.Array | None) -> Carry:
         ka, km = split(key, 2)
-        return {"hidden": self.mlp(self.attention(carry["hidden"], carry["mask"], ka), km)}
+        return {"hidden": self.mlp({**carry, "hidden": self.attention(carry, ka)}, km)}
 
 
 class Pooler(nnx.Module):
@@ -176,7 +188,7 @@ class Pooler(nnx.Module):
         self.dense = Linear(c.hidden_size, c.hidden_size, std=c.initializer_range, rngs=rngs)
 
     def __call__(self, carry: Carry, key: jax.Array | None) -> Carry:
-        return {"pooler_output": jnp.tanh(self.dense(carry["hidden"][:, 0], key))}
+        return {"pooler_output": jnp.tanh(self.dense(slots.first(carry), key))}
 
 
 class SequenceHead(nnx.Module):
@@ -196,7 +208,7 @@ class SequenceHead(nnx.Module):
         elif self.v.pooled:
             x = carry["pooler_output"]
         else:
-            x = carry["hidden"][:, 0]
+            x = slots.first(carry)
         if self.dense is not None:
             x = dropout(x, self.rate, before) if self.v.drop_before_dense else x
             x = ACTIVATIONS[self.v.dense_activation](self.dense(x, dense))
@@ -249,9 +261,11 @@ def build(name: str, c: EncoderConfig, v: Variant, head: Head | None, *, pooler:
         pooler = v.pooled and head.pooling is None
     elif head is not None:
         pooler = False
+    width, call, moving = c.hidden_size, slots.with_prompt(Block.__call__), ("hidden", slots.PROMPTED)
+    before, inside = {"prompt": {"embedding": width}}, {name: dict.fromkeys(has, width) for name, has in PLACES.items()}
     stages = [
-        *stages_of(["embed"], lambda rngs: Embed(c, v, rngs), Embed.__call__, writes=("hidden", "mask")),
-        *stages_of(block_names(c), lambda rngs: Block(c, v, rngs), Block.__call__),
+        *stages_of(["embed"], lambda rngs: Embed(c, v, rngs), Embed.__call__, writes=(*moving, "mask"), slots=before),
+        *stages_of(block_names(c), lambda rngs: Block(c, v, rngs), call, writes=moving, slots=inside),
     ]
     if pooler:
         stages += stages_of(["pooler"], lambda rngs: Pooler(c, rngs), Pooler.__call__, writes=("pooler_output",))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer.tree import weights
+from jaxtransfer.types import Carry
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -70,6 +71,26 @@ def _row(variable: Any, like: jax.Array) -> jax.Array:
     return value.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
+def pixels(carry: Carry, channels: int) -> jax.Array:
+    """The images of a batch, checked: ``pixel_values`` (B, H, W, channels), normalised floats.
+
+    Raises:
+      ValueError: they are missing, or of another rank, dtype or number of channels.
+    """
+    if "pixel_values" not in carry:
+        raise ValueError(f"pixel_values: the batch has none, only {', '.join(carry)}")
+    x = carry["pixel_values"]
+    if x.ndim != 4 or x.shape[-1] != channels:
+        first = ": the channels come last" if x.ndim == 4 and x.shape[1] == channels else ""
+        raise ValueError(
+            f"pixel_values: expected (rows, height, width, {channels}), as num_channels={channels} says, found "
+            f"{tuple(x.shape)}{first}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"pixel_values: expected normalised floats, found {x.dtype}")
+    return x
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each entry with probability ``rate`` and scales the rest by ``1 / (1 - rate)``; identity without a key."""
     if key is None or rate == 0.0:
@@ -84,22 +105,129 @@ def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, heads: int, rate: float, key: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    heads: int,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    kv_heads: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
-    """``softmax(q k^T / sqrt(d) + mask) v`` over ``heads`` heads, the softmax in at least float32.
+    """``softmax(q k^T * scale + mask) v`` over ``heads`` heads, the softmax in at least float32.
 
     Args:
-      q: (B, T, heads * d); k, v: (B, S, heads * d).
+      q: (B, T, heads * d); k, v: (B, S, kv_heads * d).
       mask: (B, S) or (B, T, S) boolean, true where a key may be attended; a row with none attends to all alike.
       heads: number of heads.
       rate: dropout of the attention probabilities, with ``key``.
+      kv_heads: heads of keys and values, each shared by ``heads / kv_heads`` heads (Ainslie et al. 2023,
+        arXiv:2305.13245); None is ``heads``.
+      scale: None is ``1 / sqrt(d)``.
+      softcap: scores become ``c tanh(scores / c)`` (Gemma 2).
     """
-    d = q.shape[-1] // heads
-    q, k, v = (x.reshape(*x.shape[:-1], heads, d) for x in (q, k, v))
-    wide = at_least_float32(q.dtype)
-    scores = jnp.einsum("bthd,bshd->bhts", q * d**-0.5, k, preferred_element_type=wide)
-    mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+    d, kv_heads = q.shape[-1] // heads, kv_heads or heads
+    q = q.reshape(*q.shape[:-1], kv_heads, heads // kv_heads, d) * (d**-0.5 if scale is None else scale)
+    k, v = (x.reshape(*x.shape[:-1], kv_heads, d) for x in (k, v))
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=at_least_float32(q.dtype))
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    mask = mask[:, None, None, None, :] if mask.ndim == 2 else mask[:, None, None]
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     probs = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
-    y = jnp.einsum("bhts,bshd->bthd", probs, v)
-    return y.reshape(*y.shape[:-2], heads * d)
+    y = jnp.einsum("bkgts,bskd->btkgd", probs, v)
+    return y.reshape(*y.shape[:2], heads * d)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, computed in at least float32 (arXiv:1910.07467).
+
+    ``offset``: the stored scale is that much less than the one applied (Gemma stores ``scale - 1``), and starts at
+    ``1 - offset``.
+    """
+
+    def __init__(self, width: int, *, eps: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(width, 1.0 - offset))
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (y * (_row(self.scale, y) + self.offset)).astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """A convolution of (B, H, W, in) with square zero padding and no bias; kernel (k, k, in, out).
+
+    Drawn from He's normal distribution over the fan out (He et al. 2015, arXiv:1502.01852): N(0, 2 / (k^2 out)).
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int, padding: int, rngs: nnx.Rngs):
+        std = (2.0 / (size * size * outputs)) ** 0.5
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (size, size, inputs, outputs)) * std)
+        self.how = weights.Window((stride, stride), ((padding, padding), (padding, padding)))
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return weights.conv(x, self.kernel.get_value(), None, key, self.how)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over all axes but the last, with running statistics (arXiv:1502.03167).
+
+    ``y = (x - mean) / sqrt(var + eps) * scale + bias``, computed in at least float32. In evaluation, and wherever its
+    statistics are :class:`~jaxtransfer.tree.weights.Fixed`, mean and variance are the running ones. In training they
+    are those of the batch (of the whole of a sharded one), and the running ones move as torch moves them:
+    ``running + momentum * (batch - running)``, the variance with Bessel's correction; ``count`` counts the batches.
+
+    Args:
+      x: (B, ..., width).
+      key: any key in training, None in evaluation.
+      weight: (B,) of the examples; what weighs nothing fills up the last batch of an epoch, and does not count.
+
+    Returns:
+      The output, and the new statistics by name: empty where they do not move.
+    """
+
+    eps, momentum = 1e-5, 0.1
+
+    def __init__(self, width: int):
+        self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(width)), nnx.BatchStat(jnp.ones(width))
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        wide = x.astype(at_least_float32(x.dtype))
+        if key is None or isinstance(self.mean.get_value(), weights.Fixed):
+            return self._affine(wide - _row(self.mean, wide), _row(self.var, wide)).astype(x.dtype), {}
+        if x.size // x.shape[-1] < 2:
+            raise ValueError(f"batch statistics need more than one value a channel; the input is {x.shape}")
+        rows = jnp.ones(len(x)) if weight is None else weight != 0
+        live = rows.astype(wide.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        n = live.sum() * (x[0].size // x.shape[-1])
+
+        def mean(values: jax.Array) -> jax.Array:
+            return jnp.sum(values * live, range(x.ndim - 1), keepdims=True) / jnp.maximum(n, 1)
+
+        centre = mean(wide)
+        centred = wide - centre
+        var = mean(centred * centred)
+        new = {
+            "mean": self._moved(self.mean, centre, n),
+            "var": self._moved(self.var, var * (n / jnp.maximum(n - 1, 1)), n),
+            "count": self.count.get_value() + (n > 0).astype(jnp.int32),
+        }
+        return self._affine(centred, var).astype(x.dtype), new
+
+    def _affine(self, centred: jax.Array, var: jax.Array) -> jax.Array:
+        scale = jax.lax.rsqrt(var + self.eps) * _row(self.scale, centred)
+        return centred * scale + _row(self.bias, centred)
+
+    def _moved(self, running: Any, batch: jax.Array, n: jax.Array) -> jax.Array:
+        old = running.get_value()
+        batch = jax.lax.stop_gradient(batch).reshape(-1).astype(old.dtype)
+        return jnp.where(n > 0, old + self.momentum * (batch - old), old)

@@ -14,12 +14,16 @@ ALIASES = ((r"(.*)\.gamma", r"\1.weight"), (r"(.*)\.beta", r"\1.bias"))
 
 
 class MappingError(ValueError):
-    """A checkpoint tensor without a place, or a parameter without a tensor; the message lists all of them."""
+    """A checkpoint tensor without a place, or a parameter without a tensor; the message lists all ``count`` of them."""
+
+    def __init__(self, message: str, count: int = 1):
+        super().__init__(message)
+        self.count = count
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row: our path, their name, and how the array turns. ``{i}`` stands for a layer's number on both sides."""
+    """One row: our path, their name, and how the array turns. ``{i}``, ``{j}`` stand for numbers on both sides."""
 
     ours: str
     theirs: str
@@ -43,12 +47,14 @@ class NameTable:
       drops: what real files hold besides.
       prefix: ("bert.") stands before trunk names in files with a head, or is absent.
       copies: rows written once more on export, where the format stores a parameter under a second name.
+      optional: patterns of our paths; a file may lack all that a pattern matches, which then start at zero.
     """
 
     entries: tuple[Entry, ...]
     drops: tuple[Drop, ...] = ()
     prefix: str = ""
     copies: tuple[Entry, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def load_plan(self, names: Iterable[str], paths: Sequence[str]) -> "LoadPlan":
         """Which tensor fills which path. Every name is used or dropped for a reason; every path is filled.
@@ -75,10 +81,13 @@ class NameTable:
                 dropped[name] = reason
             else:
                 unmapped.append(name)
-        unfilled = [path for path in paths if path not in used]
+        lacking = [p for p in self.optional if not any(re.fullmatch(p, path) for path in used)]
+        zeros = tuple(path for path in paths if any(re.fullmatch(p, path) for p in lacking))
+        unfilled = [path for path in paths if path not in used and path not in zeros]
         if unmapped or unfilled:
-            raise MappingError(_complaint(unmapped, unfilled, list(by_name), paths))
-        return LoadPlan(used, dropped)
+            count = len(unmapped) + len(unfilled)
+            raise MappingError(_complaint(unmapped, unfilled, list(by_name), paths), count)
+        return LoadPlan(used, dropped, zeros)
 
     def export_names(self, paths: Iterable[str], *, with_prefix: bool) -> dict[str, tuple[str, str]]:
         """``{our path: (their name, transform)}`` for export; the inverse of :meth:`load_plan`.
@@ -109,10 +118,11 @@ class NameTable:
 
 @dataclasses.dataclass(frozen=True)
 class LoadPlan:
-    """``used``: our path -> (checkpoint name, transform); ``dropped``: checkpoint name -> reason."""
+    """``used``: our path -> (checkpoint name, transform); ``dropped``: checkpoint name -> reason; ``zeros``: paths."""
 
     used: Mapping[str, tuple[str, str]]
     dropped: Mapping[str, str]
+    zeros: tuple[str, ...] = ()
 
 
 def canonical_name(name: str, prefix: str) -> str:
@@ -123,14 +133,30 @@ def canonical_name(name: str, prefix: str) -> str:
     return name
 
 
-def turn(array: np.ndarray, transform: str) -> np.ndarray:
-    """Applies a transform; each is its own inverse, so loading and exporting share it."""
-    return array.T if transform == "transpose" else array
+def turn(array: np.ndarray, transform: str, *, back: bool = False) -> np.ndarray:
+    """An array of a checkpoint as ours; ``back``: ours as theirs.
+
+    ``transpose``: a matrix (out, in), ours (in, out). ``conv``: a kernel (out, in, height, width), ours (height, width,
+    in, out). ``count``: an int64 scalar, ours int32.
+    """
+    if transform == "transpose":
+        return array.T
+    if transform == "conv":
+        return array.transpose((3, 2, 0, 1) if back else (2, 3, 1, 0))
+    if transform == "count":
+        return array.astype(np.int64 if back else np.int32)
+    return array
 
 
 def linear(ours: str, theirs: str, *, bias: bool = True) -> tuple[Entry, ...]:
     """Rows of a linear layer: torch keeps (out, in), we keep (in, out)."""
     rows = (Entry(f"{ours}/kernel", f"{theirs}.weight", "transpose"),)
+    return (*rows, Entry(f"{ours}/bias", f"{theirs}.bias")) if bias else rows
+
+
+def conv(ours: str, theirs: str, *, bias: bool = True) -> tuple[Entry, ...]:
+    """Rows of a convolution: torch keeps (out, in, height, width), we keep (height, width, in, out)."""
+    rows = (Entry(f"{ours}/kernel", f"{theirs}.weight", "conv"),)
     return (*rows, Entry(f"{ours}/bias", f"{theirs}.bias")) if bias else rows
 
 
@@ -145,12 +171,13 @@ def embedding(ours: str, theirs: str) -> tuple[Entry, ...]:
 
 
 def _fit(template: str, name: str) -> Any:
-    regex = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)")
-    return re.fullmatch(regex, name)
+    return re.fullmatch(re.sub(r"\\\{([ij])\\\}", r"(?P<\1>\\d+)", re.escape(template)), name)
 
 
 def _fill(template: str, found: re.Match[str]) -> str:
-    return template.replace("{i}", found.groupdict().get("i") or "")
+    for letter, number in found.groupdict().items():
+        template = template.replace(f"{{{letter}}}", number)
+    return template
 
 
 def _complaint(unmapped: list[str], unfilled: list[str], names: list[str], paths: Sequence[str]) -> str:

@@ -1,21 +1,20 @@
-"""The closed registry of families, and the strict reading of their configuration files."""
+"""The registry of families, found by their files, and the strict reading of their configurations."""
 
 import dataclasses
 import difflib
+import functools
 import importlib
-from collections.abc import Callable, Collection, Mapping
+import pkgutil
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-from jaxtransfer.models.names import NameTable
+from jaxtransfer.models.names import LoadPlan, MappingError, NameTable
 from jaxtransfer.tree.rules import Rules
 from jaxtransfer.types import Head, Model
 
-_MODULES = {
-    "bert": "jaxtransfer.models.bert",
-    "distilbert": "jaxtransfer.models.distilbert",
-    "roberta": "jaxtransfer.models.roberta",
-    "xlm-roberta": "jaxtransfer.models.roberta",
-}
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 class ConfigFieldError(ValueError):
@@ -32,6 +31,9 @@ class Family:
       build: ``build(raw_config, head, *, pooler=None, ignore=()) -> Model``; ``pooler``: whether a bare trunk has one.
       rehead: ``rehead(model, head) -> Model``: the same trunk under another head.
       names: ``names(model) -> NameTable``.
+      other_names: ``other_names(model) -> {library: NameTable}``: names that other libraries save the same model under;
+        read, never written.
+      hub: whether transformers has classes for it; without them a model is exported with ``format="orbax"``.
       export_config: ``export_config(model, raw_config) -> raw config`` of the adapted model.
       tensor_rules: path -> PartitionSpec entries for tensor parallelism.
     """
@@ -43,19 +45,75 @@ class Family:
     names: Callable[[Model], NameTable]
     export_config: Callable[[Model, Mapping[str, Any]], dict[str, Any]]
     tensor_rules: Rules
+    other_names: Callable[[Model], Mapping[str, NameTable]] = lambda model: {}
+    hub: bool = True
+
+
+def load_plan(kind: Family, model: Model, names: Collection[str], paths: Sequence[str]) -> LoadPlan:
+    """Which tensor fills which path, by the family's own name table, or by another library's where that one fits.
+
+    Raises:
+      MappingError: no table fits; the complaint is that of the table that comes nearest.
+    """
+    errors = []
+    for table in (kind.names(model), *kind.other_names(model).values()):
+        try:
+            return table.load_plan(names, paths)
+        except MappingError as error:
+            errors.append(error)
+    raise min(errors, key=lambda error: error.count)
+
+
+_REGISTERED: dict[str, Family] = {}
 
 
 def family(name: str) -> Family:
-    """The family of a ``model_type``.
+    """The family of a ``model_type``: a registered one, or what a file of this package declares in its ``FAMILIES``.
+
+    The file of that name is read first (``xlm_roberta`` for ``xlm-roberta``), the others only where it has no such.
 
     Raises:
       ConfigFieldError: it is not supported; the message lists those that are.
     """
-    if name not in _MODULES:
-        near = difflib.get_close_matches(name, _MODULES, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigFieldError(f"model_type {name!r} is not supported{hint}; supported: {', '.join(sorted(_MODULES))}")
-    return importlib.import_module(_MODULES[name]).FAMILIES[name]
+    for declared in chain([_REGISTERED], _declarations(first=name.replace("-", "_"))):
+        if name in declared:
+            return declared[name]
+    near = difflib.get_close_matches(name, families(), 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ConfigFieldError(f"model_type {name!r} is not supported{hint}; supported: {', '.join(families())}")
+
+
+def families() -> dict[str, Family]:
+    """All families by ``model_type``, sorted; reads every file of this package.
+
+    Example:
+      >>> families()["xlm-roberta"] is family("xlm-roberta")
+      True
+    """
+    found = {name: kind for declared in _declarations() for name, kind in declared.items()}
+    return dict(sorted({**found, **_REGISTERED}.items()))
+
+
+def register(new: Family) -> None:
+    """Adds a family of your own, made outside of this package: its ``model_type`` then loads, trains and exports.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    if new.name == "foreign" or new.name in families():
+        raise ValueError(f"register: there is a family {new.name!r} already; give yours another name")
+    _REGISTERED[new.name] = new
+
+
+def _declarations(first: str = "") -> Iterator[Mapping[str, Family]]:
+    """``FAMILIES`` of this package's modules, imported one by one, the module ``first`` before the others."""
+    for name in sorted(_modules(), key=lambda module: module != first):
+        yield getattr(importlib.import_module(f"{_PACKAGE}.{name}"), "FAMILIES", {})
+
+
+@functools.cache
+def _modules() -> tuple[str, ...]:
+    return tuple(info.name for info in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__))
 
 
 _READ_ELSEWHERE = "architectures model_type id2label label2id num_labels problem_type"
@@ -91,7 +149,13 @@ MUST: Mapping[str, Any] = {
 
 
 def read_fields(
-    raw: Mapping[str, Any], record: type, aliases: Mapping[str, str | None], ignore: Collection[str]
+    raw: Mapping[str, Any],
+    record: type,
+    aliases: Mapping[str, str | None],
+    ignore: Collection[str],
+    *,
+    harmless: Collection[str] = (),
+    must: Mapping[str, Any] = MUST,
 ) -> Any:
     """A family's configuration record from a raw configuration, strictly.
 
@@ -100,6 +164,8 @@ def read_fields(
       record: a dataclass; its fields are what the family reads.
       aliases: the raw name of each field of ``record`` that has another one; None if this family has no such field.
       ignore: raw fields to accept unread.
+      harmless: further raw fields of this family that do not change what it computes.
+      must: raw fields that change the function and are supported at one value only.
 
     Raises:
       ConfigFieldError: a field that is missing, has another type, is unknown, or has a value that is not supported.
@@ -110,10 +176,10 @@ def read_fields(
     for name, value in raw.items():
         if name in fields:
             values[fields[name].name] = _typed(name, value, fields[name])
-        elif name in MUST:
-            if value not in (MUST[name], None) and name not in ignore:
-                raise ConfigFieldError(f"config field {name}={value!r} is not supported, only {MUST[name]!r} is")
-        elif name not in HARMLESS and name not in ignore:
+        elif name in must:
+            if value not in (must[name], None) and name not in ignore:
+                raise ConfigFieldError(f"config field {name}={value!r} is not supported, only {must[name]!r} is")
+        elif name not in HARMLESS and name not in harmless and name not in ignore:
             near = difflib.get_close_matches(name, fields, 1)
             raise ConfigFieldError(
                 f"config field {name}={value!r} is unknown and may change what the model computes"
@@ -127,13 +193,36 @@ def read_fields(
 
 
 def _typed(name: str, value: Any, field: Any) -> Any:
-    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "float | None": (int, float, type(None))}
-    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-    wanted = kinds[kind]
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    plain = kind.removesuffix(" | None")
+    if value is None and plain != kind:
+        return None
+    if inner := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", plain):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigFieldError(f"config field {name}: expected a list, found {value!r}")
+        return tuple(_number(f"{name}[{i}]", item, inner[1]) for i, item in enumerate(value))
+    return _number(name, value, plain, kind)
+
+
+LIMITS = (
+    (r"num_hidden_layers|num_layers|n_layers?|depths\[\d+\]", 1_000),
+    (r"vocab_size", 2**24),
+    (r"(hidden|intermediate|embedding|image|patch)_sizes?(\[\d+\])?|n_(embd|inner|heads?)|num_\w*heads|\w*dim", 2**17),
+)
+"""Numbers beyond which no model was ever made: a slip or an attack, of which building the model would not return."""
+
+_KINDS: Mapping[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict}
+
+
+def _number(name: str, value: Any, kind: str, said: str | None = None) -> Any:
+    wanted = _KINDS[kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigFieldError(f"config field {name}: expected {kind}, found {value!r}")
+        raise ConfigFieldError(f"config field {name}: expected {said or kind}, found {value!r}")
     if kind == "int" and not 0 <= value < 2**31:
         raise ConfigFieldError(f"config field {name}: {value} is out of range")
+    limit = next((most for pattern, most in LIMITS if re.fullmatch(pattern, name)), None)
+    if kind == "int" and limit is not None and value > limit:
+        raise ConfigFieldError(f"config field {name}: {value} is beyond {limit}, the most that is built")
     return value
 
 

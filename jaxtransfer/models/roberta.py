@@ -67,7 +67,8 @@ def _family(name: str, prefix: str) -> Family:
 
     def export_config(model: Model, raw: Mapping[str, Any]) -> dict[str, Any]:
         out = with_head(raw, model.head, export_architecture(model.head, architectures))
-        return {**out, "model_type": name, "tie_word_embeddings": model.config.tie_word_embeddings}
+        changed = {field: getattr(model.config, field) for field in ("tie_word_embeddings", "vocab_size")}
+        return {**out, "model_type": name, **changed}
 
     rehead = partial(encoder.rehead, name, VARIANT)
     return Family(name, architectures, build, rehead, names, export_config, encoder.TENSOR_RULES)

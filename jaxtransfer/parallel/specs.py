@@ -1,6 +1,7 @@
 """Sharding by rules: path -> PartitionSpec on canonical paths; a stacked leaf gets an unsharded leading axis."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtransfer.tree.paths import flatten, map_with_path
-from jaxtransfer.tree.rules import Rule, Rules, match_paths
+from jaxtransfer.tree.rules import Rule, Rules, match_paths, winning_rules
 from jaxtransfer.tree.stacks import layers_of, stacked_length
+from jaxtransfer.tree.weights import Weight, is_weight
 
 
 class ShardingError(ValueError):
@@ -20,23 +22,70 @@ class ShardingError(ValueError):
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """The NamedSharding of every leaf of a canonical or laid-out tree; leaves without a rule are replicated.
 
+    The parts of a leaf type are split as the type says they follow from the spec of its weight, unless a rule names the
+    part itself (``.../kernel@a``). A part that does not divide stays whole, but for packed blocks, which is an error.
+
     Raises:
       ShardingError: a dimension does not divide by its mesh axes, a spec is longer than its leaf's rank or names an
         axis that the mesh has not, or the layers of one stack are given different specs.
       RuleError: a rule matches nothing.
     """
     specs = match_paths(rules, [layer for path in flatten(tree) for layer in layers_of(path)], default=P())
+    named = winning_rules([rule for rule in rules if "@" in rule[0]], list(specs))
+    parts = _parts(tree)
+
+    def spec_of(path: str, layer: str, leaf: Any, stacked: bool) -> P:
+        if path not in parts or named[layer] is not None:
+            return specs[layer]
+        return parts[path](specs[layer], tuple(np.shape(leaf))[stacked:], mesh)
 
     def choose(path: str, leaf: Any) -> NamedSharding:
         first, *others = layers_of(path)
+        stacked = stacked_length(path) is not None
         if odd := [layer for layer in others if specs[layer] != specs[first]]:
             raise ShardingError(
                 f"{path}: its layers are one array, but {first} has the spec {specs[first]} and {odd[0]} has "
                 f"{specs[odd[0]]}; give them one"
             )
-        return _sharding(path, leaf, mesh, specs[first], stacked_length(path) is not None)
+        return _sharding(path, leaf, mesh, spec_of(path, first, leaf, stacked), stacked)
 
     return map_with_path(choose, tree)
+
+
+_Derive = Callable[[P, tuple[int, ...], Mesh], P]
+
+
+def _parts(tree: Any) -> dict[str, _Derive]:
+    """For every part of a leaf type: its spec from the weight's spec, its own shape and the mesh."""
+    found: dict[str, _Derive] = {}
+
+    def visit(node: Weight, path: str, rank: int) -> None:
+        def derive(part: str) -> _Derive:
+            def spec(weight: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+                own = node.specs([*weight, *[None] * (rank - len(weight))])[part]
+                if part in node.whole_blocks:
+                    return own
+                fits = [size % _count(mesh, axes) == 0 for size, axes in zip(shape, own, strict=False)]
+                return P(*(axes if fit else None for axes, fit in zip(own, fits, strict=True)))
+
+            return spec
+
+        for field in dataclasses.fields(node):  # type: ignore[arg-type]
+            part = getattr(node, field.name)
+            if isinstance(part, Weight):
+                visit(part, f"{path}@{field.name}", rank)
+            elif not field.metadata.get("static") and field.name != "base":
+                found[f"{path}@{field.name}"] = derive(field.name)
+
+    for path, node in flatten(tree, is_leaf=is_weight).items():
+        if isinstance(node, Weight) and jax.tree.leaves(node):  # in a partition a node may be empty
+            rank = getattr(node, "rank_of_base", None)
+            visit(node, path, len(node.shape) - (stacked_length(path) is not None) if rank is None else rank)
+    return found
+
+
+def _count(mesh: Mesh, axes: Any) -> int:
+    return int(np.prod([mesh.shape.get(name, 1) for name in _names(axes)]))
 
 
 def _sharding(path: str, leaf: Any, mesh: Mesh, spec: P, stacked: bool) -> NamedSharding:

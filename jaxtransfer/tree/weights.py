@@ -4,14 +4,29 @@ A weight is an array, or a leaf type: a registered dataclass derived from :class
 would (an adapter around a base, a quantised matrix). Layers call the functions here and never touch a weight otherwise.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+SHARED = "shared"
+"""The root of arrays that many weights use and none owns: they are kept once, and neither stacked nor scanned."""
+
 
 class Weight:
-    """The base of leaf types; a subclass is a frozen dataclass registered with ``jax.tree_util.register_dataclass``."""
+    """The base of leaf types; a subclass is a frozen dataclass registered with ``jax.tree_util.register_dataclass``.
+
+    ``whole_blocks`` names the parts that must be split just as the weight is, because blocks may not cross shards.
+    """
+
+    whole_blocks: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def shares(self) -> str | None:
+        """Where under `SHARED` the arrays lie that all weights of its kind use; a run puts them in its ``shared``."""
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,10 +54,80 @@ class Weight:
         """The transposed weight, for tied heads; the default materializes the weight."""
         return self.materialize().T
 
+    def specs(self, axes: Sequence[Any]) -> Mapping[str, Any]:
+        """Part -> PartitionSpec where the weight would be split by ``axes``; a ``base`` is split as it would."""
+        raise TypeError(f"{type(self).__name__} does not say how its parts are sharded")
+
+    def conv(self, x: jax.Array, bias: Any, key: jax.Array | None, how: "Window") -> jax.Array:
+        """``x * w + bias``, a convolution; the default materializes the weight."""
+        return conv(x, self.materialize(), bias, key, how)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """How a convolution's kernel moves over (height, width).
+
+    Attributes:
+      stride: of the kernel, by axis.
+      padding: zeros before and after, by axis.
+      groups: of channels that do not mix.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    groups: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed(Weight):
+    """A running statistic that must not move, whatever mode its stage is in: the layer normalises by it."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the statistic."""
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        """That of the statistic."""
+        return self.value.dtype
+
+    def materialize(self) -> jax.Array:
+        """The statistic."""
+        return self.value
+
 
 def is_weight(x: Any) -> bool:
     """Whether a node is a leaf type."""
     return isinstance(x, Weight)
+
+
+def shares(x: Any) -> bool:
+    """Whether a node is a leaf type that uses arrays kept under `SHARED`."""
+    return isinstance(x, Weight) and x.shares is not None
+
+
+def shared_in(tree: Any) -> set[str]:
+    """Where under `SHARED` the arrays lie that the leaf types of a tree use."""
+    nodes = [node for node in jax.tree.leaves(tree, is_leaf=shares) if shares(node)]
+    return {node.shares for node in nodes}.union(*(shared_in(node.base) for node in nodes))
+
+
+def with_shared(tree: Any, shared: Mapping[str, Any]) -> Any:
+    """The tree with what is shared put into the leaf types that use it: what a run does before it calls a stage."""
+
+    def put(node: Any) -> Any:
+        if not shares(node):
+            return node
+        found: Any = shared
+        for name in node.shares.split("/"):
+            found = found.get(name, {})
+        return dataclasses.replace(node, base=with_shared(node.base, shared), shared=found)
+
+    return jax.tree.map(put, tree, is_leaf=shares)
 
 
 def linear(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None) -> jax.Array:
@@ -57,6 +142,24 @@ def linear(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None)
     if is_weight(w):
         return w.linear(x, bias, key)
     y = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return y if bias is None else y + jnp.reshape(bias.astype(x.dtype), (1,) * (y.ndim - 1) + (-1,))
+
+
+def conv(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None, how: Window | None = None) -> jax.Array:
+    """A convolution in the dtype of ``x``: (B, H, W, in) * (kh, kw, in / groups, out) -> (B, H', W', out).
+
+    Example:
+      >>> conv(jnp.ones((1, 4, 4, 3)), jnp.ones((2, 2, 3, 5)), how=Window(stride=(2, 2))).shape
+      (1, 2, 2, 5)
+    """
+    how = Window() if how is None else how
+    if is_weight(w):
+        return w.conv(x, bias, key, how)
+    padding: Sequence[tuple[int, int]] = how.padding
+    y = jax.lax.conv_general_dilated(
+        x, w.astype(x.dtype), how.stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=how.groups,
+    )  # fmt: skip
     return y if bias is None else y + jnp.reshape(bias.astype(x.dtype), (1,) * (y.ndim - 1) + (-1,))
 
 

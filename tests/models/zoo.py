@@ -66,7 +66,7 @@ def place(model, tensors):
     """Our tree of the tensors of a checkpoint, which must fill every parameter."""
     paths = list(flatten(abstract_init(model)))
     plan = family(model.family).names(model).load_plan(tensors, paths)
-    return unflatten({path: np.ascontiguousarray(turn(tensors[name], how)) for path, (name, how) in plan.used.items()})
+    return unflatten({path: np.array(turn(tensors[name], how), order="C") for path, (name, how) in plan.used.items()})
 
 
 def from_folder(folder):
