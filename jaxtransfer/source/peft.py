@@ -1,0 +1,265 @@
+"""PEFT's adapter folders, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+The names of tensors follow from the family's own name table: adapters sit on Hugging Face's modules, and a linear here
+is one of theirs. The adapter is bound to a base by shapes on their side, and by the base's digest on ours.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtransfer.adapt.adapter_types import NAME, Adapter
+from jaxtransfer.adapt.attaching import deeper, names_of
+from jaxtransfer.adapt.subtrees import held_in
+from jaxtransfer.adapt.vera import VeRA
+from jaxtransfer.models.names import turn
+from jaxtransfer.models.registry import family
+from jaxtransfer.source.peft_forms import PARTS, VERA, PeftError, adapter_of, fields_of, matrices_of, tensors_of
+from jaxtransfer.source.resolve import MARKER
+from jaxtransfer.source.safetensors import TensorFile
+from jaxtransfer.source.strictjson import CONFIG_BYTES, MARKER_BYTES, read_object
+from jaxtransfer.source.writer import write, write_text
+from jaxtransfer.tree import fingerprint
+from jaxtransfer.tree.paths import flatten, unflatten
+from jaxtransfer.tree.weights import SHARED, is_weight
+from jaxtransfer.types import Source
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PROMPT, THEIR_PROMPT = "embed/prompt/embedding", "prompt_embeddings"
+_TASKS = {
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "causal-lm": "CAUSAL_LM",
+}
+_READ = {
+    "LORA": "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern",
+    "IA3": "feedforward_modules",
+    "VERA": "r vera_dropout save_projection projection_prng_key d_initial init_weights",
+    "PROMPT_TUNING": """num_virtual_tokens token_dim num_attention_heads num_layers prompt_tuning_init
+        prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs""",
+}
+_HARMLESS = """
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
+    exclude_modules modules_to_save init_lora_weights init_ia3_weights layers_to_transform layers_pattern fan_in_fan_out
+    megatron_core qalora_group_size"""
+_OFF: tuple[Any, ...] = (None, False, {}, [], "none")
+"""What a field that is not supported must be: PEFT's own value for "not used"."""
+
+
+def write_adapter(source: Source, folder: Path, *, base: str | None = None) -> None:
+    """Writes the adapters of a source, and the head that was trained beside them, as PEFT reads them.
+
+    Args:
+      source: with LoRA, DoRA, (IA)3 or VeRA on its kernels, of one kind and name, or with a prompt.
+      folder: an empty folder.
+      base: what stands for the base model in the file; None is the source's reference.
+
+    Raises:
+      PeftError: no adapters, several kinds or names, adapters on top of one another, a bottleneck or a prefix, which
+        PEFT has no like of, a prompt under a head that it has no task for, or a bare trunk's odd leaf.
+    """
+    inside, flat = held_in(source), flatten(source.params, is_leaf=is_weight)
+    nodes = _own(source, flat)
+    adapted: dict[str, Adapter] = {path: node for path, node in nodes.items() if isinstance(node, Adapter)}
+    _check_alike(adapted, inside)
+    table, with_prefix = family(source.model.family).names(source.model), source.model.head is not None
+    rows = table.export_names(nodes, with_prefix=with_prefix)
+    modules = {path: _module(rows[path][0]) for path in adapted}
+    saved = _new_leaves(source, nodes)
+    fields = _prompt_fields(source, flat[PROMPT]) if inside else fields_of(adapted, modules)
+    tensors = {THEIR_PROMPT: np.asarray(flat[PROMPT])} if inside else _tensors(flat, adapted, modules)
+    for path in saved:
+        name, how = rows[path]
+        tensors[_prefix(fields["peft_type"]) + name] = turn(np.asarray(nodes[path]), how, back=True)
+    write(folder / WEIGHTS, {name: np.ascontiguousarray(array) for name, array in tensors.items()}, {"format": "pt"})
+    head = source.model.head
+    record = {
+        "base_model_name_or_path": source.lineage.ref if base is None else base,
+        "inference_mode": True,
+        "task_type": None if head is None else _TASKS.get(head.kind),
+        **fields,
+        "modules_to_save": sorted({_module(rows[path][0]) for path in saved}) or None,
+    }
+    write_text(folder / CONFIG, json.dumps(record, indent=2))
+
+
+def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Source:
+    """Puts what a PEFT folder holds on a source: LoRA, rsLoRA, DoRA, (IA)3, VeRA, a prompt, and trained heads.
+
+    Args:
+      source: the base, under the head that the adapter was trained with.
+      folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      name: of the adapter here; a prompt has none.
+
+    Raises:
+      PeftError: a field or method that is not supported, by name; tensors without a place, or of other shapes.
+    """
+    folder = Path(folder)
+    raw = read_object(folder / CONFIG, CONFIG_BYTES, PeftError)
+    kind = _checked_config(raw, folder)
+    _check_base(source, folder)
+    file = TensorFile(folder / WEIGHTS)
+    tensors = {key: file.read(key) for key in file.tensors}
+    table = family(source.model.family).names(source.model)
+    flat = flatten(source.params, is_leaf=is_weight)
+    rows = table.export_names(_own(source, flat), with_prefix=source.model.head is not None)
+    plain, parts = _placed(source, rows, tensors, kind, folder)
+    flat |= {path: _replaced(path, flat[path], turn(tensors[key], rows[path][1])) for path, key in plain.items()}
+    for path, given in parts.items():
+        if name in names_of(flat[path]):
+            raise PeftError(f"{path}: has an adapter called {name!r} already; load it under another name")
+        flat[path] = adapter_of(path, flat[path], given, raw, _module(rows[path][0]), name)
+    shared = matrices_of({path: flat[path] for path in parts}, tensors, raw)
+    if taken := sorted(shared.keys() & flat.keys()):
+        raise PeftError(f"{taken[0]}: there is a VeRA called {name!r} already; load it under another name")
+    flat |= shared
+    if kind == "PROMPT_TUNING":
+        flat[PROMPT] = _prompt(source, tensors, raw, folder)
+    note = f"load_adapter({folder.name}: {kind}, {len(parts)} leaves)"
+    lineage = dataclasses.replace(
+        source.lineage,
+        operations=(*source.lineage.operations, note),
+        fingerprints={**source.lineage.fingerprints, **deeper(source.lineage, parts)},
+    )
+    return dataclasses.replace(source, params=unflatten(flat), lineage=lineage)
+
+
+def _own(source: Source, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that the model itself has."""
+    beside = (f"{SHARED}/", *(f"{slot}/" for slot in held_in(source)))
+    return {path: leaf for path, leaf in flat.items() if not path.startswith(beside)}
+
+
+def _tensors(
+    flat: Mapping[str, Any], adapted: Mapping[str, Adapter], modules: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Their tensors of all adapters."""
+    tensors = {
+        f"{_prefix('LORA')}{modules[path]}.{part}": array
+        for path, node in adapted.items()
+        for part, array in tensors_of(path, node).items()
+    }
+    if isinstance(first := next(iter(adapted.values())), VeRA):
+        where = f"{SHARED}/{first.shares}"
+        tensors |= {theirs: np.asarray(flat[f"{where}/{part}"]).T for theirs, part in zip(VERA, "ab", strict=True)}
+    return tensors
+
+
+def _placed(
+    source: Source, rows: Mapping[str, Any], tensors: Mapping[str, np.ndarray], kind: str, folder: Path
+) -> tuple[dict[str, str], dict[str, dict[str, np.ndarray]]]:
+    """What their tensors are: path -> key of a plain leaf, and path -> part -> tensor of an adapter."""
+    by_module = {_module(theirs): path for path, (theirs, _) in rows.items() if theirs.endswith(".weight")}
+    by_name = {theirs: path for path, (theirs, _) in rows.items()}
+    plain: dict[str, str] = {}
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    unknown = []
+    for key, value in tensors.items():
+        name = key.removeprefix(_prefix(kind))
+        found = re.fullmatch(rf"(.+)\.({PARTS})", name)
+        if name in by_name and found is None:
+            plain[by_name[name]] = key
+        elif found and found[1] in by_module:
+            parts.setdefault(by_module[found[1]], {})[found[2].removesuffix(".weight")] = value
+        elif key not in {"PROMPT_TUNING": (THEIR_PROMPT,), "VERA": VERA}.get(kind, ()):
+            unknown.append(key)
+    if unknown:
+        raise PeftError(
+            f"{folder.name}: {len(unknown)} tensors have no place in this {source.model.family}: {unknown[:4]}"
+        )
+    return plain, parts
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _prefix(kind: str) -> str:
+    """What stands before their names: around a prompt's model there is one wrapper less."""
+    return "base_model." if kind == "PROMPT_TUNING" else "base_model.model."
+
+
+def _check_alike(adapted: Mapping[str, Adapter], inside: list[str]) -> None:
+    kinds = {type(node).__name__ for node in adapted.values()} | {slot.rpartition("/")[2] for slot in inside}
+    if not kinds:
+        raise PeftError("export: there are no adapters; attach some, or export the model with format='hf'")
+    if len(kinds) > 1 or len({node.name for node in adapted.values()}) > 1:
+        raise PeftError(f"export: PEFT's folder holds one adapter of one kind; these are {sorted(kinds)}: merge some")
+    if inside and kinds != {"prompt"}:
+        raise PeftError(f"export: PEFT has no form of what stands at {inside[0]}; only a checkpoint holds it")
+    if nested := [path for path, node in adapted.items() if isinstance(node.base, Adapter)]:
+        raise PeftError(f"export: {nested[0]} has adapters on top of one another: merge the inner one first")
+
+
+def _new_leaves(source: Source, nodes: Mapping[str, Any]) -> list[str]:
+    """Plain leaves that are not the source's as loaded: a head trained beside the adapters."""
+    plain = {path: leaf for path, leaf in nodes.items() if not is_weight(leaf)}
+    known = source.lineage.fingerprints
+    return [path for path, value in fingerprint(plain).items() if known.get(path) != value]
+
+
+def _prompt_fields(source: Source, prompt: Any) -> dict[str, Any]:
+    """The fields of their configuration that say what the prompt is."""
+    head, c = source.model.head, source.model.config
+    if head is None or head.kind not in _TASKS:
+        kind = "no head" if head is None else f"a {head.kind} head"
+        raise PeftError(f"export: PEFT has a prompt under the tasks {sorted(_TASKS)}, this model has {kind}")
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": int(prompt.shape[0]),
+        "token_dim": int(prompt.shape[1]),
+        "num_transformer_submodules": 1,
+        "num_attention_heads": c.num_attention_heads,
+        "num_layers": c.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+    }
+
+
+def _prompt(source: Source, tensors: Mapping[str, np.ndarray], raw: Mapping[str, Any], folder: Path) -> Any:
+    """Their prompt for our slot."""
+    slots = {stage.name: stage.slots for stage in source.model.stages}
+    if "prompt" not in slots.get("embed", {}) or "embed/prompt" in held_in(source):
+        what = "has a prompt already" if "embed/prompt" in held_in(source) else "takes no prompt"
+        raise PeftError(f"{folder.name}: is a prompt, and this {source.model.family} {what}")
+    found = tensors.get(THEIR_PROMPT, np.zeros(0))
+    want = (raw.get("num_virtual_tokens"), slots["embed"]["prompt"]["embedding"])
+    if found.shape != want:
+        raise PeftError(f"{folder.name}: {THEIR_PROMPT} is {found.shape}, expected {want} for this model")
+    return jnp.asarray(found, jnp.float32)
+
+
+def _checked_config(raw: Mapping[str, Any], folder: Path) -> str:
+    kind = raw.get("peft_type")
+    if kind not in _READ:
+        raise PeftError(f"{folder.name}: peft_type {kind!r} is not supported, only {', '.join(_READ)}")
+    known = {*_READ[kind].split(), *_HARMLESS.split()}
+    for field, value in raw.items():
+        one = field == "num_transformer_submodules" and value == 1
+        if field not in known and value not in _OFF and not one:
+            raise PeftError(f"{folder.name}: field {field}={value!r} of a {kind} adapter is not supported")
+    return kind
+
+
+def _check_base(source: Source, folder: Path) -> None:
+    if (folder / MARKER).is_file():  # of ours: PEFT's own record knows the base by name only
+        digest = read_object(folder / MARKER, MARKER_BYTES, PeftError).get("base")
+        if digest not in (None, source.lineage.digest):
+            raise PeftError(
+                f"{folder.name}: is an adapter for the base with digest {str(digest)[:12]}, this is "
+                f"{source.lineage.ref} with {source.lineage.digest[:12]}"
+            )
+
+
+def _replaced(path: str, old: Any, value: np.ndarray) -> Any:
+    if tuple(old.shape) != value.shape:
+        raise PeftError(
+            f"{path}: the folder's tensor is {value.shape}, the model's is {tuple(old.shape)}; another head?"
+        )
+    return jnp.asarray(value, old.dtype)

@@ -1,0 +1,230 @@
+"""Interchange with PEFT: our folders give the same logits there, theirs give the same logits here."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtransfer import export, load
+from jaxtransfer.adapt import attaching as at
+from jaxtransfer.adapt import subtrees
+from jaxtransfer.models import apply
+from jaxtransfer.source.peft import PeftError, load_adapter, write_adapter
+from jaxtransfer.tree.weights import is_weight
+from jaxtransfer.types import Lineage, Source
+from tests import tiny
+from tests.models import decoder_zoo, zoo
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # PEFT's own call
+]
+ATTENTION, MLP = r"blocks/\d+/attention/(query|value)/kernel", r"blocks/\d+/mlp/down/kernel"
+OURS = {
+    "lora": [(ATTENTION, at.lora(2, alpha=5)), (MLP, at.lora(3)), ("embed/word/embedding", at.lora(2))],
+    "dora": [(ATTENTION, at.dora(2, alpha=3))],
+    "ia3": [(ATTENTION, at.ia3()), (MLP, at.ia3("input"))],
+    "vera": [(ATTENTION, at.vera(5)), (MLP, at.vera(5))],
+    "prompt": None,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base on disk that both sides load: its folder, and ours as loaded."""
+    folder = export(tiny.source(), tmp_path_factory.mktemp("base") / "model")
+    return folder, load(folder)
+
+
+def moved(source):
+    """The adapters and the head as if trained."""
+
+    def move(node, seed):
+        keys = jax.random.split(jax.random.key(seed), len(node.trainable))
+        return dataclasses.replace(
+            node,
+            **{
+                part: getattr(node, part) + 0.3 * jax.random.normal(key, getattr(node, part).shape)
+                for part, key in zip(node.trainable, keys, strict=True)
+            },
+        )
+
+    if "prompt" in source.params["embed"]:
+        source = dataclasses.replace(source, params=jax.tree.map(lambda x: x, source.params))
+        source.params["embed"]["prompt"]["embedding"] *= 3
+    leaves, structure = jax.tree.flatten(source.params, is_leaf=is_weight)
+    params = jax.tree.unflatten(structure, [move(x, i) if is_weight(x) else x for i, x in enumerate(leaves)])
+    head = jax.tree.map(lambda x: x + 0.1, params["head"])
+    return dataclasses.replace(source, params={**params, "head": head})
+
+
+def theirs(folder, adapter):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    return peft.PeftModel.from_pretrained(model, adapter).eval()
+
+
+def their_logits(model):
+    import torch
+
+    batch = tiny.batch()
+    with torch.no_grad():
+        ids, mask = (torch.tensor(batch[name]) for name in ("input_ids", "attention_mask"))
+        return model(input_ids=ids.long(), attention_mask=mask.long()).logits.numpy()
+
+
+def our_logits(source):
+    return np.asarray(jax.jit(lambda p: apply(source.model, p, tiny.batch())["logits"])(source.params))
+
+
+def made(name, source):
+    key = jax.random.key(0)
+    return subtrees.prompt_tuning(source, key, length=4) if name == "prompt" else at.attach(source, OURS[name], key)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_loads_there_and_comes_back(name, base, tmp_path):
+    folder, source = base
+    tuned = moved(made(name, source))
+    (tmp_path / "a").mkdir()
+    write_adapter(tuned, tmp_path / "a")
+    want = our_logits(tuned)
+    assert np.abs(want - our_logits(source)).max() > 1e-2
+    zoo.assert_close(their_logits(theirs(folder, tmp_path / "a")), want)
+    again = load_adapter(source, tmp_path / "a")
+    np.testing.assert_allclose(our_logits(again), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"use_dora": True},
+        {"ia3": True},
+        {"vera": True},
+        {"vera": True, "save_projection": False, "projection_prng_key": 7},
+        {"prompt": True},
+    ],
+    ids=["lora", "rslora", "dora", "ia3", "vera", "vera-drawn-again", "prompt"],
+)
+@pytest.mark.filterwarnings("ignore:Specified to not (load|save) vera_A:UserWarning")
+def test_theirs_loads_here(options, base, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import transformers
+
+    folder, source = base
+    torch.manual_seed(0)
+    modules = {"target_modules": ["query", "output.dense"], "modules_to_save": ["classifier"]}
+    kind, options = next(iter(options), None), dict(options)
+    if options.pop("vera", False):
+        config = peft.VeraConfig(r=5, **modules, **options)
+    elif kind == "prompt":
+        config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    elif options.get("ia3"):
+        config = peft.IA3Config(feedforward_modules=["output.dense"], **modules)
+    else:
+        config = peft.LoraConfig(r=3, rank_pattern={"layer.1.attention.self.query": 2}, **modules, **options)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    zoo.assert_close(our_logits(load_adapter(source, tmp_path / "theirs")), their_logits(model))
+
+
+def test_what_is_not_supported_is_refused_by_name(base, tmp_path):
+    _, source = base
+    tuned = moved(at.attach(source, OURS["lora"], jax.random.key(0)))
+    folder = export(tuned, tmp_path / "a", format="peft")
+    raw = json.loads((folder / "adapter_config.json").read_text())
+
+    def refuse(change, message, base=source):
+        (folder / "adapter_config.json").write_text(json.dumps({**raw, **change}))
+        with pytest.raises(PeftError, match=message):
+            load_adapter(base, folder)
+
+    refuse({"peft_type": "OFT"}, "peft_type 'OFT' is not supported, only LORA, IA3, VERA, PROMPT_TUNING")
+    refuse({"layer_replication": [[0, 1]]}, "field layer_replication=.* is not supported")
+    refuse({"bias": "all"}, "field bias='all'")
+    other = dataclasses.replace(source, lineage=dataclasses.replace(source.lineage, digest="0" * 64))
+    refuse({}, "is an adapter for the base with digest", other)
+    (folder / "jaxtransfer.json").unlink()
+    refuse({}, "tensors have no place", load(base[0], head=None))
+    wide = tiny.source(hidden_size=32)
+    refuse({}, "is for another base; this weight is|the folder's tensor is .* the model's is", wide)
+    twice = load_adapter(source, folder)
+    refuse({}, "has an adapter called 'default' already", twice)
+
+
+def test_adapters_that_peft_has_no_form_for_are_refused(base, tmp_path):
+    _, source = base
+    with pytest.raises(PeftError, match="there are no adapters"):
+        write_adapter(source, tmp_path)
+    mixed = at.attach(source, [(ATTENTION, at.lora(2)), (MLP, at.dora(2))], jax.random.key(0))
+    with pytest.raises(PeftError, match=r"these are \['DoRA', 'LoRA'\]"):
+        write_adapter(mixed, tmp_path)
+    once = at.attach(source, [(MLP, at.lora(2))], jax.random.key(0))
+    nested = at.attach(once, [(MLP, at.lora(2))], jax.random.key(1), name="second")
+    with pytest.raises(PeftError, match="on top of one another"):
+        write_adapter(nested, tmp_path)
+    assert jnp.array_equal(our_logits(nested), our_logits(source))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+def test_a_prompt_of_a_decoder_gives_the_logits_of_peft(name, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    model, ours, params = decoder_zoo.from_torch(name)
+    source = Source(ours, params, Lineage("memory", ""))
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path)
+    batch = decoder_zoo.batch(padding="left")
+    with torch.no_grad():
+        want = theirs(**{key: torch.from_numpy(value).long() for key, value in batch.items()}).logits.numpy()
+    prompted = load_adapter(source, tmp_path)
+    got = np.asarray(jax.jit(lambda p: apply(ours, p, batch)["logits"])(prompted.params))
+    real = batch["attention_mask"].astype(bool)
+    zoo.assert_close(got[real], want[:, 4:][real])
+    (tmp_path / "again").mkdir()
+    write_adapter(prompted, tmp_path / "again")
+    again = load_adapter(source, tmp_path / "again")
+    assert tiny.same_bits(again.params, prompted.params)
+
+
+def test_what_cannot_stand_in_a_folder_or_on_a_model_is_refused(base, tmp_path):
+    _, source = base
+    key = jax.random.key(0)
+    prompted = subtrees.prompt_tuning(source, key, length=4)
+    write_adapter(prompted, tmp_path)
+    with pytest.raises(PeftError, match="is a prompt, and this bert has a prompt already"):
+        load_adapter(prompted, tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change, message in (
+        ({"num_virtual_tokens": 5}, r"prompt_embeddings is \(4, 16\), expected \(5, 16\)"),
+        ({"num_transformer_submodules": 2}, "field num_transformer_submodules=2"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, **change}))
+        with pytest.raises(PeftError, match=message):
+            load_adapter(source, tmp_path)
+    for other, message in (
+        (subtrees.prefix_tuning(source, key, length=2), "PEFT has no form of what stands at blocks/0/prefix"),
+        (subtrees.prefix_tuning(prompted, key, length=2), r"one kind; these are \['prefix', 'prompt'\]"),
+        (at.attach(prompted, OURS["dora"], key), r"one kind; these are \['DoRA', 'prompt'\]"),
+        (subtrees.prompt_tuning(tiny.trunk(), key, length=2), "under the tasks .*, this model has no head"),
+    ):
+        with pytest.raises(PeftError, match=message):
+            write_adapter(other, tmp_path)
+    vera = at.attach(source, OURS["vera"], key)
+    (tmp_path / "vera").mkdir()
+    write_adapter(vera, tmp_path / "vera")
+    loaded = load_adapter(source, tmp_path / "vera")
+    assert loaded.lineage.fingerprints.keys() >= {"blocks/0/attention/query/kernel@base"}
+    with pytest.raises(PeftError, match="has an adapter called 'default' already"):
+        load_adapter(loaded, tmp_path / "vera")
