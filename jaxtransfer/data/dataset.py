@@ -36,7 +36,8 @@ class Dataset:
       path: what was read.
       columns: the task's columns.
       rows: the records with the places they come from.
-      digest: SHA-256 of the file read; of the files' SHA-256 where there are several; of the records elsewhere.
+      digest: SHA-256 of the file read; of the files' SHA-256 where there are several; of names and sizes of a folder of
+        images; of the records elsewhere.
       notes: what was left out and why, for the log.
     """
 
@@ -66,9 +67,16 @@ class Dataset:
                 raise DataError(f"{row.where}: {column} is empty")
         return [row.values[column] for row in self.rows]
 
-    def classes(self, column: str) -> tuple[str, ...]:
-        """The different labels of a column in natural order; the integer 3 is the label ``"3"``."""
-        return tuple(sorted({_label(row, column) for row in self.rows}, key=natural))
+    def classes(self, column: str, *, multi_label: bool = False) -> tuple[str, ...]:
+        """The different labels of a column in natural order; the integer 3 is the label ``"3"``.
+
+        With ``multi_label`` a row has any number of them: see :meth:`multi_hot`.
+        """
+        if not multi_label:
+            return tuple(sorted({label_of(row, column) for row in self.rows}, key=natural))
+        rows = [_several(row, column) for row in self.rows]
+        found = {label for row in rows for label in (row if isinstance(row, list) else map(str, range(len(row))))}
+        return tuple(sorted(found, key=natural))
 
     def class_ids(self, column: str, labels: Sequence[str]) -> np.ndarray:
         """Each label's position among ``labels``: (N,) int32. A whole number that is no name counts into ``labels``.
@@ -80,11 +88,34 @@ class Dataset:
           >>> from_records([{"label": "good"}, {"label": 0}]).class_ids("label", ["bad", "good"])
           array([1, 0], dtype=int32)
         """
-        ids = {str(i): i for i in range(len(labels))} | {label: i for i, label in enumerate(labels)}
-        for row in self.rows:
-            if (label := _label(row, column)) not in ids:
-                raise DataError(f"{row.where}: {column} {label!r} is unknown; known: {', '.join(labels)}")
-        return np.array([ids[_label(row, column)] for row in self.rows], np.int32)
+        ids = _index(labels)
+        return np.array([_positions(row, column, [label_of(row, column)], ids)[0] for row in self.rows], np.int32)
+
+    def multi_hot(self, column: str, labels: Sequence[str]) -> np.ndarray:
+        """Which of ``labels`` each row has: (N, C) float32 of 0 and 1.
+
+        A value is a list of names, a text of names with ``|`` between them (empty for none), one whole number that
+        counts into ``labels``, or a vector of C zeros and ones.
+
+        Raises:
+          DataError: a label that is not among them, or a vector of another length, with its line.
+
+        Example:
+          >>> from_records([{"label": "cat|dog"}, {"label": ""}, {"label": [0, 1]}]).multi_hot("label", ["cat", "dog"])
+          array([[1., 1.],
+                 [0., 0.],
+                 [0., 1.]], dtype=float32)
+        """
+        ids, out = _index(labels), np.zeros((len(self.rows), len(labels)), np.float32)
+        for number, row in enumerate(self.rows):
+            found = _several(row, column)
+            if isinstance(found, list):
+                out[number, _positions(row, column, found, ids)] = 1
+            elif len(found) == len(labels):
+                out[number] = found
+            else:
+                raise DataError(f"{row.where}: {column} has {len(found)} values for {len(labels)} labels")
+        return out
 
 
 def from_records(records: Sequence[Mapping[str, Any]], name: str = "records") -> Dataset:
@@ -120,7 +151,12 @@ def check_columns(where: str, wanted: Iterable[str], known: Iterable[str]) -> No
             raise DataError(f"{where}: no column {column!r}; it has {', '.join(map(str, known))}")
 
 
-def _label(row: Row, column: str) -> str:
+def label_of(row: Row, column: str) -> str:
+    """The label of a row: a name, or a whole number as text.
+
+    Raises:
+      DataError: anything else.
+    """
     value = row.values[column]
     if isinstance(value, str) and value.strip():
         return value
@@ -129,9 +165,44 @@ def _label(row: Row, column: str) -> str:
     raise DataError(f"{row.where}: {column} is {value!r}, expected a name or a whole number")
 
 
+def _several(row: Row, column: str) -> list[str] | np.ndarray:
+    """The labels of a row that may have any number of them: by name, or a vector (C,) of 0 and 1."""
+    value = row.values[column]
+    if isinstance(value, str):
+        return [name for part in value.split("|") if (name := part.strip())]
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+        return list(value)
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return [label_of(row, column)]
+    vector = np.asarray(value)
+    if vector.ndim != 1 or vector.dtype.kind not in "biuf" or not np.isin(vector, (0, 1)).all():
+        raise DataError(f"{row.where}: {column} is {value!r}, expected names, or a vector of 0 and 1")
+    return vector
+
+
+def _index(labels: Sequence[str]) -> dict[str, int]:
+    """Label -> position, the names first; a whole number that is no name counts."""
+    names = {label: i for i, label in enumerate(labels)}
+    return names | {str(i): i for i in range(len(labels)) if str(i) not in names}
+
+
+def _positions(row: Row, column: str, found: Sequence[str], ids: Mapping[str, int]) -> list[int]:
+    if unknown := [label for label in found if label not in ids]:
+        known = ", ".join(list(ids)[: len(set(ids.values()))])
+        raise DataError(f"{row.where}: {column} {unknown[0]!r} is unknown; known: {known}")
+    return [ids[label] for label in found]
+
+
 def digest_rows(rows: Sequence[Row]) -> str:
     """SHA-256 of the records, as JSON lines: the identity of data that has no file."""
     sha = hashlib.sha256()
     for row in rows:
-        sha.update(json.dumps(row.values, sort_keys=True, default=repr).encode() + b"\n")
+        sha.update(json.dumps(row.values, sort_keys=True, default=_identity).encode() + b"\n")
     return sha.hexdigest()
+
+
+def _identity(value: Any) -> str:
+    """What stands for a value that JSON has not; numpy's ``repr`` leaves out the middle of an array."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{value.shape}{hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()}"
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)

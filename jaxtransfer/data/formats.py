@@ -8,7 +8,11 @@ import csv
 import io
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from jaxtransfer.data.catalogs import first_line
 from jaxtransfer.data.dataset import DataError, Row, check_columns
@@ -74,6 +78,26 @@ def parquet(data: bytes, name: str, wanted: Sequence[str]) -> Iterator[Row]:
             yield Row(f"{name}, row", start, values)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}: is not readable as Parquet: {first_line(error)}") from None
+
+
+def npz(data: bytes, name: str, wanted: Sequence[str]) -> Iterator[Row]:
+    """The wanted arrays of an npz file, which agree in their length; labels (N, 1), as MedMNIST has them, are (N,)."""
+    try:
+        file = np.load(io.BytesIO(data), allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise DataError(f"{name}: holds one array without a name, expected an npz of several")
+        check_columns(name, wanted, file.files)
+        arrays = {column: file[column] for column in dict.fromkeys(wanted)}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise error if isinstance(error, DataError) else DataError(f"{name}: is no npz: {first_line(error)}") from None
+    shapes = {column: array.shape for column, array in arrays.items()}
+    if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values():
+        raise DataError(f"{name}: its arrays differ in their length: {shapes}")
+    for number in range(len(next(iter(arrays.values())))):
+        row = {column: array[number] for column, array in arrays.items()}
+        yield Row(
+            f"{name}, row", number, {c: v.item() if np.size(v) == 1 and v.ndim < 2 else v for c, v in row.items()}
+        )
 
 
 def decode(data: bytes, name: str, encoding: str) -> str:

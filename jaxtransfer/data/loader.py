@@ -5,85 +5,22 @@ Batch ``i`` is a function of ``(seed, i)``: the state of a loader is its positio
 """
 
 import dataclasses
+import functools
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxtransfer.data.dataset import DataError
+from jaxtransfer.data.examples import Batch as Batch
+from jaxtransfer.data.examples import Examples as Examples
+from jaxtransfer.data.examples import collate as collate
 from jaxtransfer.data.text import bucket_lengths
 
-Batch = dict[str, np.ndarray]
 _ENDLESS = 2**48
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Examples:
-    """Examples ready for a model, by field.
-
-    Attributes:
-      ragged: field -> one array (T_i, ...) per example, padded to the length of its batch: ``input_ids``.
-      fixed: field -> an array (N, ...) of one row per example: ``labels``.
-      pad: the value that a ragged field is padded with, 0 by default.
-      notes: what the preparation did to the data, for the log.
-    """
-
-    ragged: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
-    fixed: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    pad: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        sizes = {name: len(rows) for name, rows in {**self.ragged, **self.fixed}.items()}
-        if len(set(sizes.values())) != 1 or 0 in sizes.values():
-            raise DataError(f"examples: every field needs the same number of rows, at least one; got {sizes}")
-
-    def __len__(self) -> int:
-        return len(next(iter({**self.ragged, **self.fixed}.values())))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(N,) int64: the length of each example, that of its longest ragged field; 0 where there is none."""
-        rows = [[len(row) for row in field] for field in self.ragged.values()]
-        return np.max(rows, axis=0) if rows else np.zeros(len(self), np.int64)
-
-    def digest(self) -> str:
-        """SHA-256 of all fields."""
-        sha = hashlib.sha256()
-        for name, rows in sorted({**self.ragged, **{name: [array] for name, array in self.fixed.items()}}.items()):
-            sha.update(f"{name}|{self.pad.get(name, 0)}|".encode())
-            for row in rows:
-                sha.update(f"{row.dtype}{row.shape}".encode() + np.ascontiguousarray(row).data)
-        return sha.hexdigest()
-
-
-def collate(examples: Examples, index: np.ndarray, length: int) -> Batch:
-    """One batch: ragged fields padded to ``length``; where ``index`` is -1 a row of padding with weight 0.
-
-    Args:
-      examples: N of them.
-      index: (B,) positions of the examples, -1 on padding rows.
-      length: T.
-
-    Returns:
-      The examples' fields, ``attention_mask`` (B, T) int32 where there are ragged ones, ``weight`` (B,) float32 and
-      ``index`` (B,) int32. The mask of a padding row holds one position, for a softmax over none is no number.
-    """
-    real, out = index >= 0, {}
-    for name, rows in examples.ragged.items():
-        block = np.full((len(index), length, *rows[0].shape[1:]), examples.pad.get(name, 0), rows[0].dtype)
-        for row in np.flatnonzero(real):
-            values = rows[index[row]]
-            block[row, : len(values)] = values
-        out[name] = block
-    if out:
-        lengths = [max(len(rows[i]) for rows in examples.ragged.values()) if i >= 0 else 1 for i in index]
-        out["attention_mask"] = (np.arange(length) < np.array(lengths)[:, None]).astype(np.int32)
-    for name, array in examples.fixed.items():
-        out[name] = array[index]  # a copy
-        out[name][~real] = 0
-    return out | {"weight": real.astype(np.float32), "index": index.astype(np.int32)}
+THREADS = max(2, min(8, os.cpu_count() or 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,6 +64,19 @@ class Schedule:
         return [plan[i] for i in rng.permutation(len(plan))] if self.shuffle else plan
 
 
+def repeated(index: np.ndarray) -> np.ndarray:
+    """The examples of a batch, those of its padding rows repeated in turn.
+
+    A batch's statistics (BatchNorm) are then those of images, and not of black squares.
+
+    Example:
+      >>> repeated(np.array([7, 5, -1, -1, -1])).tolist()
+      [7, 5, 7, 5, 7]
+    """
+    real = index[index >= 0]
+    return np.where(index >= 0, index, real[(np.cumsum(index < 0) - 1) % len(real)])
+
+
 class Loader:
     """An iterator over batches that knows its position; see :func:`batches`. A finished one iterates anew.
 
@@ -141,7 +91,7 @@ class Loader:
         self.steps_per_epoch = schedule.steps
         self._schedule, self._rows = schedule, rows
         self._total = _ENDLESS if epochs is None else epochs * schedule.steps
-        self._plan: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
+        self._plan = functools.lru_cache(maxsize=2)(schedule.epoch)  # threads meet where an epoch ends
         self._identity = self._digest()
         self._iterator = self._start()
         self._finished = False
@@ -151,16 +101,16 @@ class Loader:
         import grain
 
         dataset = grain.MapDataset.range(self._total).map(self.batch)
-        # Collating is cheap and happens while the device computes: no threads, hence nothing in flight to lose.
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        # Collating is cheap and happens while the device computes; of decoding, threads make whole batches ahead.
+        threads = 0 if self.examples.lazy is None else THREADS
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
     def batch(self, position: int) -> Batch:
         """This process's rows of the batch at a position; the loader's own position does not move."""
         epoch, step = divmod(position, self.steps_per_epoch)
-        if self._plan[0] != epoch:
-            self._plan = (epoch, self._schedule.epoch(epoch))
-        length, index = self._plan[1][step]
-        return collate(self.examples, index[self._rows], length)
+        length, index = self._plan(epoch)[step]
+        key, shown = (self._schedule.seed, epoch), repeated(index)
+        return collate(self.examples, index[self._rows], length, key, shown[self._rows])
 
     def __iter__(self) -> "Loader":
         if self._finished:
@@ -172,6 +122,9 @@ class Loader:
             return next(self._iterator)
         except StopIteration:
             self._finished = True
+            raise
+        except DataError:  # what was made ahead goes, or the next batch would be taken for this one
+            self._iterator.set_state({"next_index": self.position})
             raise
 
     @property
@@ -202,6 +155,7 @@ class Loader:
         position = int(state["position"])
         if not 0 <= position <= self._total:
             raise DataError(f"loader: the saved position {position} is not in 0..{self._total}")
+        self._iterator.close()
         self._iterator, self._finished = self._start(), False
         self._iterator.set_state({"next_index": position})
 

@@ -1,7 +1,7 @@
-"""Sources of data: local files, the packaged set, TFDS and Hugging Face data sets, all read into one `Dataset`.
+"""Sources of data: local files and folders, packaged sets, TFDS and Hugging Face, all read into one `Dataset`.
 
 Everything is checked before any work starts: a missing file or column, an unknown label, an empty text, a broken byte
-or no rows at all is one :class:`DataError` that says where.
+or no rows at all is one :class:`DataError` that says where. Images are not opened here: see `data.images`.
 """
 
 import codecs
@@ -13,18 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from jaxtransfer.data import catalogs, formats
+from jaxtransfer.data import catalogs, corpora, folders, formats, select
 from jaxtransfer.data.dataset import DataError, Dataset, Row, digest_rows, rename
 
-Format = Literal["jsonl", "csv", "tsv", "parquet"]
+Format = Literal["jsonl", "csv", "tsv", "parquet", "npz"]
 _SUFFIXES: Mapping[str, Format] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".npz": "npz",
 }
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 # Names hold colons (`imdb:1.0.0`), and so do splits (`train[:9%]`): the greedy name leaves the shortest whole split.
@@ -36,10 +35,13 @@ class DataSpec:
     r"""Which records to read, and how.
 
     Attributes:
-      path: a local file, or a glob pattern of files read in sorted order (.jsonl, .json lines, .csv, .tsv, .parquet);
-        ``packaged:reviews/train``; ``tfds:NAME:SPLIT`` or ``tfds:FOLDER:SPLIT``, a prepared ArrayRecord data set;
-        ``hf:OWNER/NAME[/CONFIG]:SPLIT`` (extra ``datasets``).
-      columns: what the task calls a column -> what the file calls it, where they differ: ``{"text": "tweet"}``.
+      path: a local file, or a glob pattern of files read in sorted order (.jsonl, .json lines, .csv, .tsv, .parquet,
+        .npz); a folder of class folders of images; ``packaged:reviews/train``, or ``packaged:digits`` (extra ``demo``);
+        ``python:stdlib`` or ``python:PACKAGE``, the modules of either as texts;
+        ``tfds:NAME:SPLIT`` or ``tfds:FOLDER:SPLIT``, a prepared ArrayRecord data set; ``hf:OWNER/NAME[/CONFIG]:SPLIT``
+        (extra ``datasets``). Texts of a column ``image`` are paths, relative to the file that they are read from.
+      columns: what the task calls a column -> what the file calls it (of an npz, its array), where they differ:
+        ``{"text": "tweet"}``, ``{"image": "train_images", "label": "train_labels"}``.
       format: of a file whose suffix does not say.
       encoding: of text.
       delimiter: one character instead of the comma of csv or the tab of tsv.
@@ -47,8 +49,10 @@ class DataSpec:
         ``(?P<label>\S+) (?P<text>.*)``.
       unique: drop rows whose input (the task's first column) occurred before.
       without: a path, read in the same way, whose inputs are dropped here: the test set, from training.
+      only: labels; the rows of all others are dropped.
       split: rows ``[start, stop)`` of the permutation ``numpy.random.RandomState(seed)`` of what is left then.
-      seed: of that permutation.
+      per_class: the first so many rows of each label, in the order of that permutation.
+      seed: of the permutation.
     """
 
     path: str
@@ -59,7 +63,9 @@ class DataSpec:
     pattern: str | None = None
     unique: bool = False
     without: str | None = None
+    only: tuple[str, ...] = ()
     split: tuple[int, int] | None = None
+    per_class: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +81,10 @@ class DataSpec:
             self._check_pattern(self.pattern)
         if self.split is not None and not 0 <= self.split[0] < self.split[1]:
             raise DataError(f"split: must be [start, stop] with 0 <= start < stop, got {list(self.split)}")
+        if len(set(self.only)) < len(self.only):
+            raise DataError(f"only: names a label twice: {', '.join(self.only)}")
+        if self.per_class is not None and self.per_class < 1:
+            raise DataError(f"per_class: must be at least 1, got {self.per_class}")
         if not 0 <= self.seed < 2**32:
             raise DataError(f"seed: must be in [0, 2**32), got {self.seed}")
 
@@ -110,32 +120,35 @@ def read(spec: DataSpec | str, columns: Sequence[str] = ("text", "label")) -> Da
     spec = DataSpec(spec) if isinstance(spec, str) else spec
     if unknown := [name for name in spec.columns if name not in columns]:
         raise DataError(f"columns: {unknown[0]!r} is no column of this task; it reads {', '.join(columns)}")
+    if (spec.only or spec.per_class) and "label" not in columns:
+        raise DataError("only and per_class: select by the column label, which is not read here")
     wanted = {column: spec.columns.get(column, column) for column in columns}
-    rows, digest, notes = *_rows(spec, spec.path, wanted), []
+    rows, digest, notes = _rows(spec, spec.path, wanted)
     total = len(rows)
     if spec.unique:
-        first = {_input(row, columns): row for row in reversed(rows)}
-        rows = [row for row in rows if first[_input(row, columns)] is row]
+        rows = select.unique(rows, columns[0])
         notes.append(f"{spec.path}: dropped {total - len(rows)} of {total} rows, duplicates of earlier ones")
     if spec.without is not None:
-        others, other_digest = _rows(spec, spec.without, wanted)
-        seen, before = {_input(row, columns) for row in others}, len(rows)
-        rows = [row for row in rows if _input(row, columns) not in seen]
+        others, other_digest, _ = _rows(spec, spec.without, wanted)
+        before, rows = len(rows), select.without(rows, others, columns[0])
         notes.append(f"{spec.path}: dropped {before - len(rows)} of {before} rows, they occur in {spec.without}")
         digest = hashlib.sha256(f"{digest}\n{other_digest}\n".encode()).hexdigest()
-    if spec.split is not None:
-        start, stop = spec.split
-        if stop > len(rows):
-            raise DataError(f"{spec.path}: split {[start, stop]} reaches beyond its {len(rows)} rows")
-        order = np.random.RandomState(spec.seed).permutation(len(rows))
-        rows = [rows[i] for i in order[start:stop]]
+    if spec.only:
+        before, rows = len(rows), select.only(rows, spec.only, spec.path)
+        notes.append(f"{spec.path}: kept {len(rows)} of {before} rows, of the labels {', '.join(spec.only)}")
+    if spec.split is not None or spec.per_class is not None:
+        rows = select.permuted(rows, spec.split, spec.seed, spec.path)
+    if spec.per_class is not None:
+        before, rows = len(rows), select.per_class(rows, spec.per_class, spec.path)
+        notes.append(f"{spec.path}: kept {len(rows)} of {before} rows, {spec.per_class} of each label")
     if not rows:
         raise DataError(f"{spec.path}: no rows are left without {spec.without}")
     return Dataset(spec.path, tuple(columns), rows, digest, tuple(notes))
 
 
-def _rows(spec: DataSpec, path: str, wanted: Mapping[str, str]) -> tuple[list[Row], str]:
-    """All rows of one path under the task's names, and the digest of what was read."""
+def _rows(spec: DataSpec, path: str, wanted: Mapping[str, str]) -> tuple[list[Row], str, list[str]]:
+    """All rows of one path under the task's names, the digest of what was read, and what was passed over."""
+    notes: list[str] = []
     if path.startswith(("tfds:", "hf:")):
         if (named := _NAMED.fullmatch(path)) is None:
             raise DataError(f"{path}: expected {path.partition(':')[0]}:NAME:SPLIT, such as tfds:ag_news_subset:train")
@@ -143,14 +156,37 @@ def _rows(spec: DataSpec, path: str, wanted: Mapping[str, str]) -> tuple[list[Ro
         found = load(path, named["name"], named["split"], spec.encoding, list(wanted.values()))
         rows = [rename(row, wanted) for row in found]
         digest = digest_rows(rows)
+    elif path.startswith("python:"):
+        found, notes = corpora.python_sources(path)
+        rows = [rename(row, wanted) for row in found]
+        digest = digest_rows(rows)
+    elif path == catalogs.DIGITS:
+        rows = [rename(row, wanted) for row in catalogs.digits()]
+        digest = digest_rows(rows)
     else:
-        contents = {name: _bytes(name) for name in _files(path)}
-        rows = [rename(row, wanted) for name, data in contents.items() for row in _parse(spec, name, data, wanted)]
-        digests = [hashlib.sha256(data).hexdigest() for data in contents.values()]
+        parts = [_read(spec, name, wanted) for name in _files(path)]
+        rows = [row for part, _, _ in parts for row in part]
+        digests = [digest for _, digest, _ in parts]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        notes = [note for _, _, part in parts for note in part]
     if not rows:
         raise DataError(f"{path}: has no rows")
-    return rows, digest
+    return rows, digest, notes
+
+
+def _read(spec: DataSpec, name: str, wanted: Mapping[str, str]) -> tuple[list[Row], str, list[str]]:
+    """The rows of one file or folder, its digest, and what was passed over."""
+    if Path(name).is_dir():
+        if spec.format or spec.delimiter or spec.pattern:
+            raise DataError(f"{name}: is a folder of images; format, delimiter and pattern are for files")
+        rows, digest, notes = folders.folder(name, list(wanted.values()))
+        return [rename(row, wanted) for row in rows], digest, notes
+    data = _bytes(name)
+    rows = [rename(row, wanted) for row in _parse(spec, name, data, wanted)]
+    for row in rows:
+        if isinstance(image := row.values.get("image"), str) and image:
+            row.values["image"] = Path(name).parent / image
+    return rows, hashlib.sha256(data).hexdigest(), []
 
 
 def _files(path: str) -> list[str]:
@@ -159,7 +195,7 @@ def _files(path: str) -> list[str]:
         folder = Path(__file__).parent
         known = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/*.jsonl"))
         if name not in known:
-            raise DataError(f"{path}: is not in the package; it holds {', '.join(known) or 'no data'}")
+            raise DataError(f"{path}: is not in the package; it holds {', '.join(['digits', *known])}")
         return [str(folder / f"{name}.jsonl")]
     if Path(path).exists() or not glob.has_magic(path):
         return [path]
@@ -188,11 +224,6 @@ def _parse(spec: DataSpec, name: str, data: bytes, wanted: Mapping[str, str]) ->
         return reader(data, name, spec.encoding, spec.delimiter or _DELIMITERS[kind])
     if spec.delimiter is not None:
         raise DataError(f"{name}: delimiter is for csv and tsv, this file is read as {kind}")
-    if kind == "parquet":
-        return formats.parquet(data, name, list(wanted.values()))
+    if kind in ("parquet", "npz"):
+        return (formats.parquet if kind == "parquet" else formats.npz)(data, name, list(wanted.values()))
     return formats.jsonl(data, name, spec.encoding)
-
-
-def _input(row: Row, columns: Sequence[str]) -> str:
-    """What makes two rows the same: the input, whatever its spacing."""
-    return " ".join(str(row.values[columns[0]]).split())

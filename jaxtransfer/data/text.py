@@ -14,7 +14,7 @@ from jaxtransfer.data.dataset import DataError
 from jaxtransfer.types import Source
 
 # By these beginnings a tokenizer's files are told from the others of a source; no code is ever among them.
-_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
+_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece", "chat_template")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -262,7 +262,7 @@ PATHS = {
     "absent.csv": "absent.csv: no such file",
     "absent-*.csv": r"absent-\*.csv: matches no file",
     "packaged:reviews/nothing": "is not in the package; it holds",
-    ".": r"\.: cannot be read|none of",
+    ".": r"\.: no column 'text'; it has image, label",
 }
 
 

@@ -129,3 +129,11 @@ def test_bad_buckets(buckets):
 def test_too_long_for_the_buckets():
     with pytest.raises(DataError, match="an example has 17 tokens, the largest bucket 16"):
         bucket_lengths(np.array([3, 17]), (8, 16))
+
+
+def test_a_chat_template_in_a_file_of_its_own(folder, tmp_path):
+    for path in folder.glob("tokenizer*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    found = tokenizer(source_of(tmp_path))
+    assert found.apply_chat_template([{"role": "user", "content": "good"}], tokenize=False) == "good"
