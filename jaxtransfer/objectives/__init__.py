@@ -1,5 +1,10 @@
 """Objectives: what a step minimises, as functions of a `View`."""
 
+from jaxtransfer.objectives.language import language_model as language_model
+from jaxtransfer.objectives.language import token_losses as token_losses
 from jaxtransfer.objectives.losses import IGNORE as IGNORE
 from jaxtransfer.objectives.losses import Objective as Objective
+from jaxtransfer.objectives.losses import balanced as balanced
+from jaxtransfer.objectives.losses import binary_cross_entropy as binary_cross_entropy
 from jaxtransfer.objectives.losses import cross_entropy as cross_entropy
+from jaxtransfer.objectives.mixup import mixup as mixup

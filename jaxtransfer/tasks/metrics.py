@@ -1,25 +1,14 @@
 """Metrics over all examples of an evaluation, each with its 95 % interval: numpy, float64, on the host."""
 
-import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-_Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
-_RESAMPLES = 1000
-_SEED = 0
-_BLOCK = 1 << 22  # indices drawn at a time: 32 MB
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """A value with its 95 % interval, over ``n`` examples."""
-
-    value: float
-    low: float
-    high: float
-    n: int
+from jaxtransfer.tasks import ranking
+from jaxtransfer.tasks.intervals import Metric as Metric
+from jaxtransfer.tasks.intervals import bootstrap_mean as bootstrap_mean
+from jaxtransfer.tasks.intervals import bootstrapped, resample, weights
+from jaxtransfer.tasks.intervals import wilson as wilson
 
 
 def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, Metric]:
@@ -45,9 +34,75 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, Metric]:
     counts, losses = confusion(logits, labels), -_log_softmax(logits)[np.arange(len(labels)), labels]
     return {
         "accuracy": wilson(int(np.trace(counts)), len(labels)),
-        "macro_f1": _bootstrap_counts(counts),
-        "loss": _bootstrap_mean(losses),
+        "macro_f1": _of_counts(counts, lambda hits, truths, guesses: _macro_f1(hits, truths + guesses)),
+        "loss": bootstrap_mean(losses),
     }
+
+
+def diagnosis(logits: np.ndarray, labels: np.ndarray) -> dict[str, Metric]:
+    """What accuracy hides where classes are unequal: the mean recall, and how well each class is ranked above the rest.
+
+    ``balanced_accuracy``, the mean of the recalls of the classes that occur; of two classes, the second of which is
+    the positive one, ``auc``, ``average_precision`` and ``sensitivity_at_90``, that at a specificity of 90 %; of more
+    ``macro_auc``, the mean over each class against the rest. See `ranking`. A metric that the labels do not define is
+    NaN.
+
+    Args and errors: see :func:`classification`.
+    """
+    logits, labels = _checked(logits, labels)
+    balanced = _of_counts(confusion(logits, labels), lambda hits, truths, _: _mean_recall(hits, truths))
+    found = {"balanced_accuracy": balanced}
+    if logits.shape[1] > 2:
+        return found | {"macro_auc": ranking.auc(softmax(logits), labels[:, None] == np.arange(logits.shape[1]))}
+    scores, positive = _scores(logits), labels == 1
+    return found | {
+        "auc": ranking.auc(scores, positive),
+        "average_precision": ranking.average_precision(scores, positive),
+        "sensitivity_at_90": ranking.sensitivity_at(scores, positive, 0.9),
+    }
+
+
+def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, Metric]:
+    """Metrics of several labels an example, each decided at a probability of 0.5.
+
+    ``macro_auc`` and ``mean_average_precision`` are means over the labels that some examples have and some have not;
+    ``macro_f1`` over those that occur or are predicted; ``micro_f1`` is over all decisions; ``exact_match`` the share
+    of examples with every decision right; ``loss`` the mean binary cross-entropy. F1 and loss have the percentile
+    interval of 1,000 resamples of the examples, exact match Wilson's.
+
+    Args:
+      logits: (N, C).
+      labels: (N, C), 0 or 1.
+
+    Raises:
+      ValueError: no examples, shapes that do not agree, or labels other than 0 and 1.
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape or not len(labels):
+        raise ValueError(f"metrics: expected logits and labels (N, C), N > 0; got {logits.shape}, {labels.shape}")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("metrics: labels of a multi-label task must be 0 or 1")
+    truths, guesses, (n, classes) = labels == 1, logits > 0, logits.shape
+    table = np.concatenate([truths & guesses, truths, guesses], axis=1).astype(np.float64)
+    sums = np.concatenate([table.sum(0)[None], resample(n, lambda rng, rows: weights(rng, rows, n) @ table)])
+    hits, both = sums[:, :classes], sums[:, classes : 2 * classes] + sums[:, 2 * classes :]
+    f1 = {"macro_f1": _macro_f1(hits, both), "micro_f1": _macro_f1(hits.sum(-1)[:, None], both.sum(-1)[:, None])}
+    return {
+        "macro_auc": ranking.auc(logits, truths),
+        "mean_average_precision": ranking.average_precision(logits, truths),
+        **{name: bootstrapped(float(values[0]), values[1:], n) for name, values in f1.items()},
+        "exact_match": wilson(int((truths == guesses).all(-1).sum()), n),
+        "loss": bootstrap_mean(-_log_sigmoid(np.where(truths, logits, -logits)).mean(-1)),
+    }
+
+
+def roc(logits: np.ndarray, labels: np.ndarray) -> dict[str, list[float]] | None:
+    """The ROC curve of two classes, the second the positive one: ``{"fpr": ..., "tpr": ...}``, about 200 points.
+
+    None where there are more classes, several labels an example, or one of the two does not occur.
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    return ranking.roc(_scores(logits), labels == 1) if logits.shape[1:] == (2,) and labels.ndim == 1 else None
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -56,21 +111,6 @@ def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     classes = logits.shape[-1]
     cells = labels * classes + logits.argmax(-1)
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
-
-
-def wilson(hits: int, n: int) -> Metric:
-    """A proportion with Wilson's score interval (Wilson 1927).
-
-    With ``p = hits / n``: ``(p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n)``.
-
-    Example:
-      >>> wilson(90, 100)
-      Metric(value=0.9, low=0.8256..., high=0.9447..., n=100)
-    """
-    p, z2 = hits / n, _Z * _Z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Metric(p, min(max(0.0, centre - half), p), max(min(1.0, centre + half), p), n)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -114,34 +154,54 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     return logits, labels
 
 
+def _scores(logits: np.ndarray) -> np.ndarray:
+    """The log odds of the second of two classes: probabilities round to 1 and would tie."""
+    with np.errstate(invalid="ignore"):
+        return logits[:, 1] - logits[:, 0]
+
+
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # a diverged model's loss is nan, which is what to report
         shifted = logits - logits.max(-1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _macro_f1(counts: np.ndarray) -> np.ndarray:
-    """``mean_c 2 TP_c / (labels_c + predictions_c)`` over the classes that occur: (..., C, C) -> (...)."""
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    both = counts.sum(-1) + counts.sum(-2)
-    return (2 * hits / np.maximum(both, 1)).sum(-1) / (both > 0).sum(-1)
+def _log_sigmoid(logits: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return -np.logaddexp(0, -logits)
 
 
-def _bootstrap_counts(counts: np.ndarray) -> Metric:
-    """Macro-F1: resampled examples have multinomial confusion counts, so the counts are drawn directly."""
-    n = int(counts.sum())
-    drawn = np.random.default_rng(_SEED).multinomial(n, counts.reshape(-1) / n, size=_RESAMPLES)
-    return _percentiles(float(_macro_f1(counts)), _macro_f1(drawn.reshape(-1, *counts.shape)), n)
+def _macro_f1(hits: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """``mean_c 2 TP_c / (labels_c + predictions_c)`` over the classes that occur: (..., C), (..., C) -> (...)."""
+    return (2 * hits / np.maximum(both, 1)).sum(-1) / np.maximum((both > 0).sum(-1), 1)
 
 
-def _bootstrap_mean(values: np.ndarray) -> Metric:
-    rng, n = np.random.default_rng(_SEED), len(values)
-    rows = max(1, _BLOCK // n)
-    sizes = [min(rows, _RESAMPLES - start) for start in range(0, _RESAMPLES, rows)]
-    means = [values[rng.integers(0, n, (size, n))].mean(-1) for size in sizes]
-    return _percentiles(float(values.mean()), np.concatenate(means), n)
+def _mean_recall(hits: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """``mean_c TP_c / labels_c`` over the classes that occur: (..., C), (..., C) -> (...)."""
+    return (hits / np.maximum(truths, 1)).sum(-1) / (truths > 0).sum(-1)
 
 
-def _percentiles(value: float, resampled: np.ndarray, n: int) -> Metric:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Metric(value, float(low), float(high), n)
+def _of_counts(counts: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Metric:
+    """A statistic of hits, labels and predictions by class, each (..., C).
+
+    Resampled examples have multinomial confusion counts, so the counts are drawn directly: those of the cells that
+    occur, no more than there are examples.
+    """
+    n, classes = int(counts.sum()), len(counts)
+    cells = np.flatnonzero(counts)
+    truth, guess = np.divmod(cells, classes)
+
+    def by(ids: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        out, order = np.zeros((len(drawn), classes)), np.argsort(ids, kind="stable")
+        found, starts = np.unique(ids[order], return_index=True)
+        if len(found):
+            out[:, found] = np.add.reduceat(drawn[:, order], starts, axis=1)
+        return out
+
+    def of(drawn: np.ndarray) -> np.ndarray:
+        right = truth == guess
+        return statistic(by(truth[right], drawn[:, right]), by(truth, drawn), by(guess, drawn))
+
+    shares = counts.reshape(-1)[cells] / n
+    resampled = resample(len(cells) + 3 * classes, lambda rng, rows: of(rng.multinomial(n, shares, size=rows)))
+    return bootstrapped(float(of(counts.reshape(1, -1)[:, cells])[0]), resampled, n)

@@ -1,19 +1,31 @@
 """The record that a task is."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.data.loader import Examples
 from jaxtransfer.objectives.losses import Objective
 from jaxtransfer.tasks.metrics import Metric
-from jaxtransfer.types import Head
+from jaxtransfer.types import Head, Source
+
+Observed = Mapping[str, np.ndarray]
+"""Of every example of an evaluation, in order: ``{"logits": (N, C), "labels": (N,)}``."""
 
 
-@dataclasses.dataclass(frozen=True)
+class Prepare(Protocol):
+    """Records into examples; without the target's column, for prediction, there are no ``labels``."""
+
+    def __call__(self, processor: Any, dataset: Dataset, *, train: bool) -> Examples:
+        """Examples to train on (augmented, packed), or to evaluate and predict."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What a model learns, as functions; nothing else in the library knows one task from another.
 
@@ -21,16 +33,35 @@ class Task:
       name: ``"text-classification"``, ...
       columns: what it reads of a data set: the input first, the target last.
       head: what the model has to end in.
-      prepare: ``prepare(tokenizer, dataset) -> Examples``; without the target's column, for prediction, no ``labels``.
+      fresh_head: whether a source gets a new head; otherwise it keeps the one that it was trained with.
+      processor: ``processor(source)``: its tokenizer, or how its images are prepared.
+      prepare: ``prepare(processor, dataset, train=...) -> Examples``.
       objective: ``objective(view) -> (loss, metrics)``.
-      metrics: ``metrics(logits, labels) -> {name: Metric}``, over all examples of an evaluation.
-      decode: ``decode(logits) -> predictions``, one for each example.
+      augment: ``augment(batch, key) -> batch``, on the device, in training; None where there is none.
+      observe: ``observe(outputs, batch) -> {name: (B, ...)}``: what an evaluation keeps of every example; traced.
+      metrics: ``metrics(observed) -> {name: Metric}`` over all examples of an evaluation.
+      metric_names: the metrics that it gives, by one of which a run is chosen.
+      minimize: the metrics of which less is better.
+      metric: the metric that a run is chosen by where the configuration names none.
+      decode: ``decode(observed) -> predictions``, one for each example; None where they are generated.
     """
 
     name: str
     columns: tuple[str, ...]
     head: Head
-    prepare: Callable[[Any, Dataset], Examples]
+    processor: Callable[[Source], Any]
+    prepare: Prepare
     objective: Objective
-    metrics: Callable[[np.ndarray, np.ndarray], dict[str, Metric]]
-    decode: Callable[[np.ndarray], Sequence[Any]]
+    observe: Callable[[Mapping[str, jax.Array], Mapping[str, Any]], Mapping[str, jax.Array]]
+    metrics: Callable[[Observed], dict[str, Metric]]
+    decode: Callable[[Observed], Sequence[Any]] | None
+    metric_names: tuple[str, ...] = ("accuracy", "macro_f1", "loss")
+    metric: str = "accuracy"
+    minimize: frozenset[str] = frozenset({"loss"})
+    fresh_head: bool = True
+    augment: Callable[[Mapping[str, Any], jax.Array], Mapping[str, Any]] | None = None
+
+
+def logits_and_labels(outputs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What a classifier's evaluation keeps: the logits, and the labels where there are any."""
+    return {"logits": outputs["logits"], **({"labels": batch["labels"]} if "labels" in batch else {})}

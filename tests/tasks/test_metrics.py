@@ -1,10 +1,12 @@
 """Metrics against scikit-learn and against their definitions; intervals against simulation."""
 
+import math
+
 import numpy as np
 import pytest
 
-from jaxtransfer.tasks import collect, confusion
-from jaxtransfer.tasks.metrics import classification, softmax, wilson
+from jaxtransfer.tasks import collect, confusion, roc
+from jaxtransfer.tasks.metrics import bootstrap_mean, classification, diagnosis, multi_label, softmax, wilson
 
 
 def sample(n=300, classes=4, skill=1.0, seed=0):
@@ -109,3 +111,104 @@ def test_collect_orders_and_drops_padding():
 def test_collect_refuses(index, message):
     with pytest.raises(ValueError, match=message):
         collect([{"index": np.array(index)}])
+
+
+def test_a_class_of_two_against_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    logits, labels = sample(classes=2)
+    logits = np.round(logits, 1)  # ties
+    found, scores = diagnosis(logits, labels), logits[:, 1] - logits[:, 0]
+    assert list(found) == ["balanced_accuracy", "auc", "average_precision", "sensitivity_at_90"]
+    want = {
+        "balanced_accuracy": sklearn.balanced_accuracy_score(labels, logits.argmax(-1)),
+        "auc": sklearn.roc_auc_score(labels, scores),
+        "average_precision": sklearn.average_precision_score(labels, scores),
+    }
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name].value, value, rtol=1e-12, err_msg=name)
+
+
+def test_more_classes_against_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    logits, labels = sample(classes=4)
+    found = diagnosis(logits, labels)
+    assert list(found) == ["balanced_accuracy", "macro_auc"]
+    want = sklearn.roc_auc_score(labels, softmax(logits), multi_class="ovr", average="macro")
+    np.testing.assert_allclose(found["macro_auc"].value, want, rtol=1e-12)
+    want = sklearn.balanced_accuracy_score(labels, logits.argmax(-1))
+    np.testing.assert_allclose(found["balanced_accuracy"].value, want, rtol=1e-12)
+
+
+def several(n=300, classes=5, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((n, classes)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype(np.float32)
+    return rng.normal(size=(n, classes)) - 0.5 + labels, labels
+
+
+def test_several_labels_against_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    logits, labels = several()
+    found, predicted, p = multi_label(logits, labels), logits > 0, 1 / (1 + np.exp(-logits))
+    want = {
+        "macro_auc": sklearn.roc_auc_score(labels, logits, average="macro"),
+        "mean_average_precision": sklearn.average_precision_score(labels, logits, average="macro"),
+        "macro_f1": sklearn.f1_score(labels, predicted, average="macro"),
+        "micro_f1": sklearn.f1_score(labels, predicted, average="micro"),
+        "exact_match": sklearn.accuracy_score(labels, predicted),
+        "loss": np.mean([sklearn.log_loss(labels[:, c], p[:, c]) for c in range(5)]),
+    }
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name].value, value, rtol=1e-9, err_msg=name)
+        assert found[name].low < found[name].value < found[name].high and found[name].n == 300
+
+
+def test_labels_that_nobody_has_do_not_count():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    logits, labels = several(40)
+    logits[:, 4], labels[:, 4], labels[:, 0] = -9.0, 0, 1
+    found = multi_label(logits, labels)
+    middle = sklearn.roc_auc_score(labels[:, 1:4], logits[:, 1:4], average="macro")
+    np.testing.assert_allclose(found["macro_auc"].value, middle, rtol=1e-12)
+    want = sklearn.f1_score(labels[:, :4], logits[:, :4] > 0, average="macro")
+    np.testing.assert_allclose(found["macro_f1"].value, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_what_the_labels_do_not_define_is_nan_under_the_same_names(classes):
+    some, none = diagnosis(*sample(classes=classes)), diagnosis(np.zeros((1, classes)), np.zeros(1))
+    assert some.keys() == none.keys()
+    assert math.isnan(none["auc" if classes == 2 else "macro_auc"].value)
+    assert none["balanced_accuracy"].value == 1.0
+    lost = diagnosis(np.full((4, classes), np.nan), np.arange(4) % classes)
+    assert math.isnan(lost["auc" if classes == 2 else "macro_auc"].low)
+    lost = multi_label(np.full((4, classes), np.nan), np.eye(4, classes))
+    assert math.isnan(lost["macro_auc"].value) and math.isnan(lost["loss"].value)
+
+
+def test_the_roc_curve_of_two_classes():
+    logits, labels = sample(classes=2)
+    curve = roc(logits, labels)
+    area = np.trapezoid(curve["tpr"], curve["fpr"])
+    np.testing.assert_allclose(area, diagnosis(logits, labels)["auc"].value, rtol=1e-12)
+    assert roc(*sample(classes=3)) is None and roc(*several()) is None
+    assert roc(logits, np.ones_like(labels)) is None
+
+
+def test_a_mean_weighted_by_size():
+    values, sizes = np.array([1.0, 2.0, 4.0]), np.array([1, 2, 1])
+    assert bootstrap_mean(values, sizes).value == 2.25
+    assert bootstrap_mean(values, np.full(3, 7)) == bootstrap_mean(values)
+
+
+MANY = {
+    r"expected logits and labels \(N, C\), N > 0; got \(3, 2\), \(3,\)": (np.zeros((3, 2)), np.zeros(3)),
+    r"N > 0; got \(0, 2\), \(0, 2\)": (np.zeros((0, 2)), np.zeros((0, 2))),
+    "must be 0 or 1": (np.zeros((1, 2)), np.array([[0.0, 0.5]])),
+}
+
+
+@pytest.mark.parametrize("message", MANY)
+def test_bad_input_of_several_labels(message):
+    with pytest.raises(ValueError, match=message):
+        multi_label(*MANY[message])

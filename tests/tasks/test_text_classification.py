@@ -41,7 +41,7 @@ def task():
 
 
 def test_prepare_to_batches(task):
-    examples = task.prepare(Letters(), from_records(RECORDS, "reviews"))
+    examples = task.prepare(Letters(), from_records(RECORDS, "reviews"), train=True)
     assert [row.tolist() for row in examples.ragged["input_ids"]] == [[1, 4, 2], [1, 2, 2, 3, 2], [1, 4, 4, 4, 4, 2]]
     assert examples.fixed["labels"].tolist() == [1, 0, 1]
     assert examples.notes == ("reviews: 1 of 3 texts cut to 6 tokens",)
@@ -51,7 +51,7 @@ def test_prepare_to_batches(task):
 
 
 def test_prepare_for_prediction(task):
-    examples = task.prepare(Letters(), from_records([{"text": "good"}]))
+    examples = task.prepare(Letters(), from_records([{"text": "good"}]), train=False)
     assert not examples.fixed
     assert examples.notes == ()
 
@@ -62,14 +62,14 @@ def test_head(task):
 
 
 def test_decode(task):
-    first, second = task.decode(np.log(np.array([[0.25, 0.75], [0.9, 0.1]])))
+    first, second = task.decode({"logits": np.log(np.array([[0.25, 0.75], [0.9, 0.1]]))})
     assert (first.label, second.label) == ("good", "bad")
     assert second.probability == pytest.approx(0.9)
     assert first.probabilities == pytest.approx({"bad": 0.25, "good": 0.75})
 
 
 def test_metrics(task):
-    found = task.metrics(np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([1, 0]))
+    found = task.metrics({"logits": np.array([[0.0, 1.0], [0.0, 1.0]]), "labels": np.array([1, 0])})
     assert found.keys() == {"accuracy", "macro_f1", "loss"}
     assert found["accuracy"].value == 0.5
 
@@ -83,7 +83,7 @@ def test_metrics(task):
 )
 def test_bad_records(record, message, task):
     with pytest.raises(DataError, match=message):
-        task.prepare(Letters(), from_records([record]))
+        task.prepare(Letters(), from_records([record]), train=False)
 
 
 @pytest.mark.parametrize("labels", [[], ["one"], ["a", "b", "a"]])
