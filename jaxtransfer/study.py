@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 
 LEVEL = 0.95
@@ -62,6 +63,43 @@ class Study:
     intervals: dict[str, Interval]
 
 
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Transfer and control at one budget: as `Study`, whose seeds are those of the `Curve`."""
+
+    budget: int
+    transfer: tuple[float, ...]
+    scratch: tuple[float, ...]
+    gain: Gain
+    intervals: dict[str, Interval]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Data efficiency: a metric of transfer and control over budgets of labels; a report reads it as a dictionary.
+
+    Attributes:
+      metric: the metric's name.
+      unit: what a budget counts: ``"labels per class"``, ``"examples"``.
+      points: in the order of their budgets.
+      reached: the control's mean at the largest budget.
+      needed: the budget at which the transfer reaches that: where the line through its means, straight over the
+        logarithm of the budget, first gets there; None where it never does.
+      saving: how many times fewer labels that is, ``largest budget / needed``; None likewise.
+      at_least: the transfer is there at the smallest budget already, so that it may need fewer yet.
+      lower_is_better: the metric is a loss.
+    """
+
+    metric: str
+    unit: str
+    points: tuple[Point, ...]
+    reached: float
+    needed: float | None
+    saving: float | None
+    at_least: bool
+    lower_is_better: bool
+
+
 def compare(
     metric: str,
     seeds: Sequence[int],
@@ -92,6 +130,62 @@ def compare(
         gain=gain(transfer, scratch, lower_is_better=lower_is_better),
         intervals={"transfer": interval(transfer), "scratch": interval(scratch)},
     )
+
+
+def curve(
+    metric: str,
+    budgets: Sequence[int],
+    transfer: Mapping[int, Sequence[float]],
+    scratch: Mapping[int, Sequence[float]],
+    *,
+    lower_is_better: bool = False,
+    unit: str = "labels per class",
+) -> Curve:
+    """The data-efficiency curve of a transfer and its control, paired by seed at every budget.
+
+    Args:
+      metric: its name.
+      budgets: how much labelled data there was to train on; positive.
+      transfer: budget -> the metric by seed.
+      scratch: the same of the control, in the same order of seeds.
+      lower_is_better: the metric is a loss.
+      unit: what a budget counts.
+
+    Raises:
+      StudyError: no budget, one that is not positive or occurs twice, or one without values; or see :func:`compare`.
+
+    Example:
+      >>> transfer, scratch = {5: [0.70, 0.72], 50: [0.90, 0.91]}, {5: [0.40, 0.45], 50: [0.80, 0.82]}
+      >>> found = curve("accuracy", [5, 50], transfer, scratch)
+      >>> round(found.needed, 1), round(found.saving, 1)
+      (16.3, 3.1)
+    """
+    budgets = sorted(budgets)
+    if not budgets or budgets[0] <= 0 or len(set(budgets)) < len(budgets):
+        raise StudyError(f"curve {metric}: budgets must be different positive numbers, got {budgets}")
+    points = []
+    for budget in budgets:
+        if budget not in transfer or budget not in scratch:
+            lacking = "transfer" if budget not in transfer else "control"
+            raise StudyError(f"curve {metric}: no values of the {lacking} at budget {budget}")
+        a, b = transfer[budget], scratch[budget]
+        got = compare(metric, range(len(a)), a, b, lower_is_better=lower_is_better)
+        points.append(Point(budget, got.transfer, got.scratch, got.gain, got.intervals))
+    reached = points[-1].intervals["scratch"].value
+    sign = -1.0 if lower_is_better else 1.0
+    needed = _crossing(budgets, [sign * point.intervals["transfer"].value for point in points], sign * reached)
+    saving = None if needed is None else budgets[-1] / needed
+    return Curve(metric, unit, tuple(points), reached, needed, saving, needed == budgets[0], lower_is_better)
+
+
+def _crossing(budgets: Sequence[int], values: Sequence[float], level: float) -> float | None:
+    """The smallest budget at which the values, straight over the budget's logarithm between them, reach the level."""
+    if values[0] >= level:
+        return float(budgets[0])
+    for (a, low), (b, high) in pairwise(zip(budgets, values, strict=True)):
+        if high >= level:
+            return a * (b / a) ** ((level - low) / (high - low))
+    return None
 
 
 def interval(values: Sequence[float]) -> Interval:

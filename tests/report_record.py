@@ -1,7 +1,13 @@
-"""A made-up record with every part of a report, for the tests and for looking at the page."""
+"""Made-up records of three kinds of task, for the tests and for looking at the page."""
 
+import base64
+import dataclasses
 import math
 import random
+import struct
+import zlib
+
+from jaxtransfer import study
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 TEXTS = (
@@ -103,3 +109,89 @@ def example_record() -> dict:
         },
         "config": CONFIG,
     }
+
+
+def picture(seed: int, side: int = 28) -> str:
+    """The data URI of a small grey PNG."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    noise = random.Random(seed)
+    x, y = noise.uniform(8, 20), noise.uniform(8, 20)
+    rows = (
+        bytes(
+            [0, *(int(235 * math.exp(-((i - x) ** 2 + (j - y) ** 2) / 60) + noise.uniform(0, 20)) for i in range(side))]
+        )
+        for j in range(side)
+    )
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    data = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + data).decode()
+
+
+def efficiency(budgets=(5, 10, 20, 50), seeds: int = 3) -> dict:
+    """A data-efficiency curve."""
+    noise = random.Random(4)
+
+    def runs(start: float, end: float) -> dict:
+        span = [0.5] if len(budgets) == 1 else [k / (len(budgets) - 1) for k in range(len(budgets))]
+        means = [end - (end - start) * (1 - part) ** 1.6 for part in span]
+        pairs = zip(budgets, means, strict=True)
+        return {b: [mean + noise.gauss(0, 0.012) for _ in range(seeds)] for b, mean in pairs}
+
+    return dataclasses.asdict(study.curve("auc", budgets, runs(0.84, 0.958), runs(0.62, 0.88)))
+
+
+def vision_record() -> dict:
+    """Two classes of images: ROC, budgets of labels, pictures of what it got wrong."""
+    record = example_record()
+    scores = {"accuracy": 0.888, "macro_f1": 0.87, "loss": 0.31, "balanced_accuracy": 0.861, "auc": 0.951}
+    scores |= {"average_precision": 0.965, "sensitivity_at_90": 0.872}
+    splits = {"test": 624, "validation": 524}
+    points = [(k / 60) ** 2 for k in range(61)]
+    return record | {
+        "title": "Pneumonia on the CIFAR-10 ResNet-20",
+        "task": "image-classification",
+        "labels": ["normal", "pneumonia"],
+        "study": None,
+        "curve": efficiency(),
+        "metrics": {
+            split: {name: cell(value, 0.02, n, "example") for name, value in scores.items()}
+            for split, n in splits.items()
+        },
+        "subgroups": None,
+        "roc": {"fpr": points, "tpr": [min(1.0, 1 - (1 - p) ** 22 + 0.001 * p) for p in points]},
+        "confusion": [[198, 36], [34, 356]],
+        "wrong": [
+            {"image": picture(k), "label": "normal", "predicted": "pneumonia", "probability": 0.99 - 0.03 * k}
+            for k in range(9)
+        ],
+    }
+
+
+def language_record() -> dict:
+    """A language model: bits per byte before and after, and what it forgot."""
+    record = example_record()
+    for key in ("labels", "confusion", "wrong", "subgroups"):
+        del record[key]
+    found = study.compare("bits_per_byte", [0, 1, 2], [1.912, 1.920, 1.905], [2.411, 2.398, 2.43], lower_is_better=True)
+
+    def cells(bits: float) -> dict:
+        values = {"loss": 2.1 * bits, "perplexity": math.exp(2.1 * bits), "bits_per_byte": bits}
+        return {name: cell(value, 0.03 * value, 41, "document") for name, value in values.items()}
+
+    rows = {
+        kind: [{**row, "bits_per_byte": 4 * row["loss"]} for row in rows] for kind, rows in record["curves"].items()
+    }
+    return record | {
+        "title": "From the standard library to another package",
+        "task": "causal-lm",
+        "study": dataclasses.asdict(found),
+        "curves": rows,
+        "metrics": {"test": cells(1.912), "validation": cells(1.93)},
+        "before": cells(2.307),
+        "forgetting": {
+            "metric": "bits_per_byte", "before": cells(1.75), "after": cells(1.991), "lower_is_better": True
+        },
+    }  # fmt: skip

@@ -7,15 +7,16 @@ import math
 import os
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
 from jaxtransfer import report
 from jaxtransfer.report import plots
-from jaxtransfer.study import compare
-from tests.report_record import cell, example_record
+from jaxtransfer.study import compare, curve
+from tests.report_record import cell, efficiency, example_record, language_record, vision_record
 
-VOID = {"meta", "link", "br", "hr"}
+VOID = {"meta", "link", "br", "hr", "img"}
 HEADINGS = [
     "Transfer against scratch",
     "Learning curves",
@@ -97,8 +98,9 @@ def test_the_page_has_every_section_in_order(record):
     assert len(page.all("svg")) == 2 + 4 + 2  # study, curves, metrics
 
 
-def test_a_record_survives_json(record):
-    assert report.render(json.loads(json.dumps(record))) == report.render(record)
+@pytest.mark.parametrize("make", [example_record, vision_record, language_record])
+def test_a_record_survives_json(make):
+    assert report.render(json.loads(json.dumps(make()))) == report.render(make())
 
 
 @pytest.mark.parametrize("key", ABSENT)
@@ -135,9 +137,13 @@ def poisoned(value):
 
 
 def test_texts_are_escaped_everywhere(record):
+    record |= {"curve": efficiency()} | {key: language_record()[key] for key in ("forgetting", "before")}
     evil = poisoned(record)
-    evil["study"]["metric"] = "accuracy"
-    evil["study"]["gain"]["verdict"] = "positive"
+    for got in (evil["study"], *evil["curve"]["points"]):
+        got["gain"]["verdict"] = "positive"
+    evil["study"]["metric"] = evil["curve"]["metric"] = "accuracy"
+    evil["forgetting"] = record["forgetting"]
+    evil["before"][EVIL] = evil["forgetting"]["before"][EVIL] = evil["forgetting"]["after"][EVIL] = cell(0.5, 0.1)
     evil["curves"] = record["curves"]
     evil["metrics"][EVIL] = {"accuracy": cell(0.5, 0.1), EVIL: cell(0.5, 0.1)}
     evil["subgroups"] = {EVIL: {EVIL: {"accuracy": cell(0.5, 0.1)}}}
@@ -149,6 +155,28 @@ def test_texts_are_escaped_everywhere(record):
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
     assert page.text.count(EVIL) > 30
     assert "&amp;amp;" in text
+
+
+def test_facts_about_the_run_are_in_words(record):
+    record["run"] |= {"metrics": ["accuracy", "auc"], "rejected_steps": None, "best_step": 1200}
+    text = Page(report.render(record)).text
+    assert "Metricsaccuracy, aucBest step1,200" in text and "Rejected" not in text
+
+
+def test_only_a_data_uri_of_a_png_becomes_a_picture():
+    record = vision_record()
+    uris = [row["image"] for row in record["wrong"]]
+    for bad in (
+        EVIL,
+        "https://example.com/x.png",
+        "data:image/svg+xml;base64,AAAA",
+        'data:image/png;base64,AA" onload',
+    ):
+        record["wrong"][0] |= {"image": bad, "label": EVIL}
+        page = Page(report.render(record))
+        assert [attrs["src"] for attrs in page.all("img")] == uris[1:]
+        assert "The picture was not recorded as a PNG." in page.text
+        assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
 
 
 def test_what_html_forbids_is_replaced(record, tmp_path):
@@ -262,6 +290,165 @@ def test_wrong_examples_are_the_most_confident_and_cut(record):
     assert "20 of 25 recorded examples" in text
     assert text.index("number 24 ") < text.index("number 23 ") and "number 4 " not in text
     assert "x" * 590 in text and "x" * 601 not in text and "(2,010 characters in all)" in text
+
+
+PICTURED = [heading for heading in HEADINGS if heading != "Transfer against scratch"]
+
+
+def test_images_that_it_got_wrong_are_shown_and_described():
+    page = Page(report.render(vision_record()))
+    images = page.all("img")
+    assert len(images) == 9 and {attrs["alt"] for attrs in images} == {"normal, taken for pneumonia"}
+    assert all(attrs["src"].startswith("data:image/png;base64,") for attrs in images)
+    assert page.headings == ["Labels needed", *PICTURED]
+    assert "pneumonia 99.0\N{NO-BREAK SPACE}% instead of normal" in page.text
+
+
+def test_many_metrics_are_a_table_on_its_side_with_the_roc_curve_beside():
+    record = vision_record()
+    page = Page(report.render(record))
+    assert "MetricTestValidationOver624 examples524 examplesAUC0.951" in page.text
+    assert "Sensitivity at 90 % specificity87.2 %85.2 to 89.2" in page.text
+    (found,) = [attrs["aria-label"] for attrs in page.all("svg") if "ROC" in attrs["aria-label"]]
+    assert found == "ROC curve, AUC 0.951, positive: pneumonia"
+    (line,) = [attrs["points"] for attrs in page.all("polyline") if attrs["points"].startswith("50.0,312.0 ")]
+    assert line.endswith(" 350.0,12.0")
+    record["roc"] = None
+    assert "ROC" not in Page(report.render(record)).text
+
+
+def test_what_the_labels_do_not_define_is_said_and_not_drawn():
+    record = vision_record() | {"roc": None}
+    for nothing in (math.nan, None):
+        record["metrics"]["test"]["auc"] = {
+            "value": nothing,
+            "low": nothing,
+            "high": nothing,
+            "n": 3,
+            "over": "example",
+        }
+        record["metrics"]["validation"]["auc"] = record["metrics"]["test"]["auc"]
+        text = report.render(record)
+        assert "AUCundefinedno intervalundefinedno interval" in Page(text).text
+        assert "nan" not in text.replace("dominant", "")
+
+
+def test_a_language_model_has_no_sections_about_right_and_wrong():
+    record = language_record()
+    page = Page(report.render(record))
+    left = [heading for heading in HEADINGS if heading not in ("Confusion", "What it got wrong")]
+    assert page.headings == [left[0], "Forgetting", *left[1:]]
+    for said in (
+        "Before, bits per byte2.307", "Transfer, bits per byte1.912", "From scratch2.413", "Test perplexity55.4",
+        "On the source's data+0.241bits per byte, 1.750 to 1.991",
+        "On the source's own data bits per byte went from 1.750 to 1.991: worse by 0.241.",
+        "MetricBefore trainingTestValidation", "Bits per byte1.7501.698 to 1.8021.9911.931 to 2.051+0.241",
+    ):  # fmt: skip
+        assert said in page.text, said
+    record["wrong"] = [{"text": "def f(", "label": "x", "predicted": "y", "probability": 0.5}]
+    assert "What it got wrong" in Page(report.render(record)).headings
+
+
+def test_a_metric_of_which_more_is_better_is_forgotten_downwards():
+    record = language_record()
+    before, after = {"accuracy": cell(0.9, 0.01)}, {"accuracy": cell(0.85, 0.01)}
+    record["forgetting"] = {"metric": "accuracy", "before": before, "after": after, "lower_is_better": False}
+    page = Page(report.render(record))
+    assert "accuracy went from 90.0 % to 85.0 %: worse by 5.0 points." in page.text
+    assert [attrs for attrs in page.all("div") if attrs.get("class") == "tile negative"]
+    record["forgetting"] |= {"before": after, "after": before}
+    page = Page(report.render(record))
+    assert "85.0 % to 90.0 %: better by 5.0 points." in page.text
+    assert not [attrs for attrs in page.all("div") if attrs.get("class") == "tile negative"]
+
+
+def curve_of(transfer, scratch, **options) -> dict:
+    budgets = [5, 20, 50][: len(transfer)]
+    series = [dict(zip(budgets, values, strict=True)) for values in (transfer, scratch)]
+    return dataclasses.asdict(curve("accuracy", budgets, *series, **options))
+
+
+CURVES = [
+    (
+        curve_of([[0.62, 0.62], [0.82, 0.82], [0.9, 0.9]], [[0.4, 0.41], [0.5, 0.51], [0.72, 0.72]]),
+        "Transfer helped at 3 of 3 budgets (accuracy). With about 10 labels per class the transfer is where scratch "
+        "is with 50: 5.0 times fewer.",
+        "positive",
+    ),
+    (
+        curve_of([[0.8], [0.82], [0.9]], [[0.4], [0.5], [0.72]], unit="examples"),
+        "No difference shown at 3 of 3 budgets (accuracy). By the means alone, already with 5 examples the transfer "
+        "is where scratch is with 50: 10.0 times fewer or better.",
+        "none",
+    ),
+    (
+        curve_of([[0.4, 0.41], [0.5, 0.51], [0.70, 0.72]], [[0.62, 0.62], [0.82, 0.82], [0.72, 0.75]]),
+        "Transfer hurt at 2 of 3 budgets; no difference shown at 1 of 3 budgets (accuracy). The transfer does not "
+        "reach what 50 labels per class give from scratch.",
+        "negative",
+    ),
+    (
+        curve_of([[0.62, 0.62]], [[0.4, 0.41]]),
+        "Transfer helped at 1 of 1 budget (accuracy). Already with 5 labels per class the transfer is where scratch is "
+        "with 5.",
+        "positive",
+    ),
+]
+
+
+@pytest.mark.parametrize(("found", "sentence", "kind"), CURVES, ids=range(len(CURVES)))
+def test_the_verdict_over_budgets(found, sentence, kind):
+    record = vision_record() | {"curve": found}
+    assert report.verdict(record) == sentence
+    page = Page(report.render(record))
+    assert [attrs["class"] for attrs in page.all("p") if attrs.get("class", "").startswith("verdict")] == [
+        f"verdict {kind}"
+    ]
+    bands = [attrs for tag, attrs in page.tags if attrs.get("class", "").startswith("band")]
+    assert len(bands) == (2 if len(found["points"]) > 1 and len(found["points"][0]["transfer"]) > 1 else 0)
+
+
+def test_a_study_speaks_before_the_budgets(record):
+    record["curve"] = efficiency()
+    page = Page(report.render(record))
+    assert page.headings == [HEADINGS[0], "Labels needed", *HEADINGS[1:]]
+    first, second = report.verdict(record).split(": positive. ")
+    assert first.startswith("Transfer helped: 91.5 %") and second.startswith("With about ")
+
+
+def test_the_curve_is_drawn_with_every_budget_and_seed():
+    record = vision_record()
+    page = Page(report.render(record))
+    points = record["curve"]["points"]
+    for kind in ("transfer", "scratch"):
+        (line,) = [
+            a["points"] for a in page.all("polyline") if a["class"] == f"curve {kind}" and a["points"].count(",") == 4
+        ]
+        places = [tuple(map(float, place.split(","))) for place in line.split()]
+        steps = [b[0] - a[0] for a, b in pairwise(places)]
+        logs = [math.log(b["budget"] / a["budget"]) for a, b in pairwise(points)]
+        assert steps == pytest.approx([steps[0] / logs[0] * step for step in logs], abs=0.02)
+        dots = [a for a in page.all("circle") if a["class"] == f"part {kind}"]
+        assert len(dots) == sum(len(point[kind]) for point in points)
+    assert "Labels per classTransferFrom scratchGainVerdict" in page.text
+    for point in points:
+        assert f"{point['budget']}{point['intervals']['transfer']['value']:.3f}" in page.text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_extreme_curves_stay_on_the_page(count, metric):
+    """One seed, no spread, intervals far beyond the values, budgets by the thousand."""
+    wild, flat = [0.1, 0.9][:count], [0.5, 0.5][:count]
+    budgets = [1, 2, 3, 10_000]
+    got = curve(
+        metric, budgets, dict.fromkeys(budgets, wild), dict.fromkeys(budgets, flat), lower_is_better=metric == "loss"
+    )
+    page = Page(report.render(vision_record() | {"curve": dataclasses.asdict(got)}))
+    (svg,) = [i for i, (tag, a) in enumerate(page.tags) if tag == "svg" and "by labels per class" in a["aria-label"]]
+    inside = [a for tag, a in page.tags[svg + 1 : svg + 90] if tag in ("circle", "polygon", "polyline")]
+    spots = [float(a["cy"]) for a in inside if "cy" in a][:8]
+    assert spots and all(12 <= y <= 206 for y in spots)
 
 
 def test_write_replaces_the_file_and_leaves_nothing_else(record, tmp_path):

@@ -92,3 +92,68 @@ def test_compare_gives_a_study_that_a_record_can_hold():
     assert got["intervals"]["scratch"]["value"] == pytest.approx(0.6266667)
     with pytest.raises(study.StudyError, match="3 seeds, 3 values of the transfer and 2 of the control"):
         study.compare("accuracy", [0, 1, 2], [0.9, 0.9, 0.9], [0.6, 0.6])
+
+
+TRANSFER = {5: [0.60, 0.64], 20: [0.80, 0.84], 50: [0.88, 0.90]}
+SCRATCH = {5: [0.30, 0.34], 20: [0.50, 0.54], 50: [0.70, 0.74]}
+
+
+def test_a_curve_has_a_comparison_at_every_budget():
+    got = study.curve("accuracy", [50, 5, 20], TRANSFER, SCRATCH)
+    assert [point.budget for point in got.points] == [5, 20, 50]
+    for point in got.points:
+        alone = study.compare("accuracy", [0, 1], TRANSFER[point.budget], SCRATCH[point.budget])
+        assert (point.gain, point.intervals) == (alone.gain, alone.intervals)
+        assert (point.transfer, point.scratch) == (alone.transfer, alone.scratch)
+
+
+def test_label_saving_by_hand():
+    # Scratch has 0.72 with 50; transfer 0.62 with 5 and 0.82 with 20: half-way in the logarithm, that is with 10.
+    got = study.curve("accuracy", [5, 20, 50], TRANSFER, SCRATCH)
+    assert got.reached == pytest.approx(0.72)
+    assert (got.needed, got.saving) == (pytest.approx(10), pytest.approx(5))
+    assert not got.at_least
+
+
+def test_label_saving_of_a_loss_is_that_of_its_negative():
+    def minus(values):
+        return {budget: [-value for value in row] for budget, row in values.items()}
+
+    got = study.curve("loss", [5, 20, 50], minus(TRANSFER), minus(SCRATCH), lower_is_better=True)
+    assert got.saving == pytest.approx(5)
+    assert all(point.gain.verdict == "positive" for point in got.points)
+
+
+def test_a_transfer_that_never_gets_there_saves_nothing():
+    got = study.curve("accuracy", [5, 20, 50], SCRATCH, TRANSFER)
+    assert (got.needed, got.saving, got.at_least) == (None, None, False)
+
+
+def test_a_transfer_that_starts_beyond_saves_at_least_all_but_the_smallest_budget():
+    got = study.curve("accuracy", [5, 50], {5: [0.9], 50: [0.9]}, {5: [0.1], 50: [0.8]}, unit="examples")
+    assert (got.needed, got.saving, got.at_least, got.unit) == (5, 10, True, "examples")
+
+
+def test_the_first_crossing_counts_where_a_curve_falls_again():
+    got = study.curve("accuracy", [1, 10, 100], {1: [0.0], 10: [1.0], 100: [0.2]}, {1: [0.0], 10: [0.0], 100: [0.5]})
+    assert got.needed == pytest.approx(10**0.5)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "says"),
+    [
+        ([], "budgets must be different positive numbers"),
+        ([5, 5], "budgets must be different positive numbers"),
+        ([0, 5], "budgets must be different positive numbers"),
+        ([5, 10], "no values of the transfer at budget 10"),
+    ],
+)
+def test_a_curve_refuses(budgets, says):
+    with pytest.raises(study.StudyError, match=says):
+        study.curve("accuracy", budgets, TRANSFER, SCRATCH)
+
+
+def test_a_curve_becomes_a_dictionary_of_plain_values():
+    got = dataclasses.asdict(study.curve("accuracy", [5, 20, 50], TRANSFER, SCRATCH))
+    assert got.keys() >= {"metric", "unit", "points", "reached", "needed", "saving", "at_least", "lower_is_better"}
+    assert got["points"][0].keys() == {"budget", "transfer", "scratch", "gain", "intervals"}

@@ -1,5 +1,6 @@
 """Sections about what it gets wrong: the confusion of classes, and examples."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtransfer.report.numerals import count, many, number
 Record = Mapping[str, Any]
 MAX_CLASSES, MAX_PAIRS = 30, 20
 MAX_EXAMPLES, MAX_TEXT = 20, 600
+PICTURE = re.compile("data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def confusion(record: Record) -> Html:
@@ -71,15 +73,29 @@ def wrong(record: Record) -> Html:
         return absent("None of the evaluated examples.")
     ordered = sorted(examples, key=lambda example: -example["probability"])[:MAX_EXAMPLES]
     said = f"{len(ordered)} of {many(len(examples), 'recorded example')}, the most confident first."
-    return join([note(said), tag("ol", *map(_example, ordered), class_="cards")])
+    pictured = all("image" in example for example in ordered)
+    kind = "cards pictures" if pictured else "cards"
+    return join([note(said), tag("ol", *map(_picture if pictured else _example, ordered), class_=kind)])
+
+
+def _picture(example: Record) -> Html:
+    about = f"{example['label']}, taken for {example['predicted']}"
+    if PICTURE.fullmatch(str(example["image"])):
+        shown = tag("img", src=example["image"], alt=about)
+    else:
+        shown = absent("The picture was not recorded as a PNG.")
+    return tag("li", shown, _answer(example))
 
 
 def _example(example: Record) -> Html:
-    text, cut = str(example["text"]), None
+    text, cut = str(example.get("text", "")), None
     if len(text) > MAX_TEXT:
         cut = tag("span", f" … ({count(len(text))} characters in all)", class_="cut")
         text = text[:MAX_TEXT]
+    return tag("li", tag("p", text, cut, dir="auto"), _answer(example))
+
+
+def _answer(example: Record) -> Html:
     predicted = tag("b", example["predicted"], class_="miss", dir="auto")
     sure = f" {number(100 * example['probability'])}\N{NO-BREAK SPACE}% instead of "
-    answer = tag("div", predicted, sure, tag("b", example["label"], dir="auto"), class_="answer")
-    return tag("li", tag("p", text, cut, dir="auto"), answer)
+    return tag("div", predicted, sure, tag("b", example["label"], dir="auto"), class_="answer")

@@ -6,27 +6,45 @@ from collections.abc import Mapping
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
-_SHARE = re.compile(r"(.*[/_])?(accuracy|f1|precision|recall|auc|exact_match|top\d+)(_.*)?")
+_SHARE = re.compile(r"(.*[/_])?(accuracy|f1|precision|recall|sensitivity|specificity|exact_match|top\d+)(_.*)?")
+_AREA = re.compile(r"(.*[/_])?auc")
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric lies in [0, 1] and is read in percent.
+    """Whether a metric is a share, read in percent.
 
     Example:
-      >>> is_share("macro_f1"), is_share("loss")
-      (True, False)
+      >>> is_share("macro_f1"), is_share("auc"), is_share("loss")
+      (True, False, False)
     """
     return _SHARE.fullmatch(metric) is not None
+
+
+def highest(metric: str) -> float | None:
+    """The most that a metric can be; None where there is no bound.
+
+    Example:
+      >>> highest("accuracy"), highest("macro_auc"), highest("loss")
+      (1.0, 1.0, None)
+    """
+    return 1.0 if is_share(metric) or _AREA.fullmatch(metric) else None
 
 
 def named(metric: str) -> str:
     """A metric's name in words.
 
     Example:
-      >>> named("macro_f1")
-      'macro F1'
+      >>> named("macro_f1"), named("sensitivity_at_90")
+      ('macro F1', 'sensitivity at 90 % specificity')
     """
-    return re.sub(r"\b(f1|auc)\b", lambda m: m[0].upper(), metric.replace("_", " "))
+    words = re.sub(r"\b(f1|auc)\b", lambda m: m[0].upper(), metric.replace("_", " "))
+    return re.sub(r"sensitivity at (\d+)", r"sensitivity at \1 % specificity", words)
+
+
+def titled(metric: str) -> str:
+    """A metric's name in words, with a capital."""
+    name = named(metric)
+    return name[:1].upper() + name[1:]
 
 
 def number(value: float, digits: int = 1, *, sign: bool = False) -> str:
@@ -57,19 +75,26 @@ def small(value: float) -> str:
     return text.replace("-", MINUS) if value < 0 and "e" not in text else text
 
 
-def shown(metric: str, value: float) -> str:
-    """A metric's value with its unit.
+def shown(metric: str, value: float | None) -> str:
+    """A metric's value with its unit; None is what the data does not define.
 
     Example:
       >>> shown("accuracy", 0.915), shown("loss", 0.25314), shown("loss", 2e-5)
       ('91.5 %', '0.253', '2e-5')
     """
+    if value is None or math.isnan(value):
+        return "undefined"
     return f"{number(100 * value)} %" if is_share(metric) else _plain(value)
 
 
 def bounded(cell: Mapping[str, Any]) -> bool:
     """Whether the cell's interval says anything: one seed's does not."""
     return all(cell.get(end) is not None and math.isfinite(cell[end]) for end in ("low", "high"))
+
+
+def ends(cell: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The ends of a cell's interval, where it says anything."""
+    return (cell["low"], cell["high"]) if bounded(cell) else (None, None)
 
 
 def span(metric: str, cell: Mapping[str, Any]) -> str:
@@ -86,7 +111,7 @@ def span(metric: str, cell: Mapping[str, Any]) -> str:
 
 
 def _plain(value: float) -> str:
-    return small(value) if 0 < abs(value) < 1e-3 else number(value, 3)
+    return small(value) if 0 < abs(value) < 1e-3 else number(value, 3 if abs(value) < 10 else 1)
 
 
 def gained(metric: str, value: float) -> str:
@@ -96,7 +121,8 @@ def gained(metric: str, value: float) -> str:
       >>> gained("accuracy", 0.285), gained("loss", -0.02)
       ('+28.5 points', '−0.020')
     """
-    return f"{number(100 * value, sign=True)} points" if is_share(metric) else number(value, 3, sign=True)
+    digits = 3 if abs(value) < 10 else 1
+    return f"{number(100 * value, sign=True)} points" if is_share(metric) else number(value, digits, sign=True)
 
 
 def count(value: int) -> str:

@@ -108,6 +108,8 @@ def _fact(key: str, value: Any) -> object:
         return duration(value)
     if key in ("out", "export"):
         return tag("code", value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
     return count(value) if type(value) is int else f"{value:g}" if type(value) is float else value
 
 

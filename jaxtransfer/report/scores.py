@@ -1,53 +1,57 @@
-"""Sections about how well it does: transfer against scratch, learning curves, metrics."""
+"""Sections about how well it does: learning curves, metrics by split and by subgroup."""
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from jaxtransfer.report import plots
 from jaxtransfer.report.markup import Html, absent, join, note, table, tag
-from jaxtransfer.report.numerals import bounded, count, gained, is_share, many, named, shown, span
+from jaxtransfer.report.numerals import (
+    bounded,
+    count,
+    ends,
+    highest,
+    is_share,
+    many,
+    named,
+    number,
+    shown,
+    span,
+    titled,
+)
 
 Record = Mapping[str, Any]
 NAMES = {"transfer": "transfer", "scratch": "from scratch"}
+BEFORE = "before training"
+LEADING = ("bits_per_byte", "perplexity", "auc", "sensitivity_at_90", "accuracy", "macro_auc", "mean_average_precision")
+MAX_CURVES, MAX_COLUMNS = 3, 4
 
 
-def study(record: Record) -> Html:
-    """Transfer and control by seed, and the gain."""
-    if not (got := record.get("study")):
-        return absent("No control from scratch was recorded.")
-    metric, gain, ranges = got["metric"], got["gain"], got.get("intervals") or {}
-    rows = [
-        plots.Row(name, fmean(got[key]), *_ends(ranges.get(key) or {}), parts=tuple(got[key]), kind=key)
-        for key, name in NAMES.items()
-    ]
-    pairs = [a - b for a, b in zip(got["transfer"], got["scratch"], strict=True)]
-    sign = -1.0 if sum(pairs) * gain["value"] < 0 else 1.0  # of a loss, less is a gain
-    change = plots.Row("gain", gain["value"], *_ends(gain), parts=tuple(sign * p for p in pairs), kind="gain")
-    said = f"Small dots are the seeds {', '.join(map(str, got['seeds']))}, large dots their means, bars the 95 % "
-    plot = plots.dot_plot(
-        [change],
-        show=lambda value: gained(metric, value),
-        percent=is_share(metric),
-        zero=True,
-        about=f"Gain: {gained(metric, gain['value'])}",
-    )
-    figures = [
-        _figure(_dots(metric, rows), _title(metric)),
-        _figure(plot, f"Gain in {named(metric)}" + (", points" if is_share(metric) else "")),
-    ]
-    explained = note(said, "intervals by Student's t; that of the gain is over the differences of paired seeds.")
-    return join([explained, tag("div", *figures, class_="figures")])
+def leading(metrics: Sequence[str]) -> list[str]:
+    """The metrics, those that say most about their kind of task first."""
+    return sorted(metrics, key=lambda name: LEADING.index(name) if name in LEADING else len(LEADING))
+
+
+def main(record: Record) -> str:
+    """The metric that the record is about."""
+    for key in ("study", "curve"):
+        if record.get(key):
+            return record[key]["metric"]
+    found = [metric for cells in (record.get("metrics") or {}).values() for metric in cells or ()]
+    return leading(found)[0] if found else "accuracy"
 
 
 def curves(record: Record) -> Html:
     """One plot for each quantity: the train loss, and of the evaluations the loss and what ``metrics`` holds."""
     rows = {name: value for name, value in (record.get("curves") or {}).items() if value}
-    main = (record.get("study") or {}).get("metric", "accuracy")
-    scored = [metric for cells in (record.get("metrics") or {}).values() for metric in cells or ()]
-    wanted = [("train", "loss"), *(("eval", metric) for metric in dict.fromkeys([main, *scored, "loss"]))]
-    drawn = [figure for kind, metric in wanted if (figure := _curve(rows, kind, metric)) is not None]
+    scored = [metric for cells in (record.get("metrics") or {}).values() for metric in cells or () if metric != "loss"]
+    evaluated = [
+        metric
+        for metric in dict.fromkeys([main(record), *scored])
+        if any(metric in row for recorded in rows.values() for row in recorded)
+    ]
+    wanted = [("train", "loss"), *(("eval", metric) for metric in [*evaluated[:MAX_CURVES], "loss"])]
+    drawn = [figure for kind, metric in dict.fromkeys(wanted) if (figure := _curve(rows, kind, metric)) is not None]
     if not drawn:
         return absent("No metrics by step were recorded.")
     lacking = [name for key, name in NAMES.items() if key not in rows]
@@ -74,11 +78,12 @@ def _curve(rows: Mapping[str, Sequence[Record]], kind: str, metric: str) -> Html
         series,
         show=lambda value: shown(metric, value),
         percent=is_share(metric),
+        most=highest(metric),
         dots=kind == "eval",
         about=f"{title} by step: {', '.join(series)}",
     )
     keys = [tag("span", NAMES.get(name, name), class_=f"key {name}") for name in series]
-    return _figure(plot, title, *keys, tag("span", "; ".join(remarks), class_="remark") if remarks else None)
+    return figure(plot, title, *keys, tag("span", "; ".join(remarks), class_="remark") if remarks else None)
 
 
 def _runs(rows: Sequence[Record], kind: str, metric: str) -> tuple[list[list[plots.Point]], int]:
@@ -96,12 +101,13 @@ def _runs(rows: Sequence[Record], kind: str, metric: str) -> tuple[list[list[plo
 
 
 def metrics(record: Record) -> Html:
-    """Metrics by split, then by subgroup of the examples."""
+    """Metrics by split, the ROC curve where there is one, then metrics by subgroup of the examples."""
     splits = {name: cells for name, cells in (record.get("metrics") or {}).items() if cells}
     missing = [name for name in ("test", "validation") if name not in splits]
     parts = [absent(f"No metrics were recorded for: {', '.join(missing)}.")] if missing else []
-    if splits:
-        parts += [note("Below each value its 95 % interval."), _scored("Split", splits)]
+    before = {BEFORE: record["before"]} if record.get("before") else {}
+    if splits or before:
+        parts += [note("Below each value its 95 % interval."), _scored("Split", before | splits, _roc(record, splits))]
     subgroups = {name: values for name, values in (record.get("subgroups") or {}).items() if values}
     for column, values in subgroups.items():
         parts += [tag("h3", f"By {column}"), _scored(column.capitalize(), values)]
@@ -110,48 +116,70 @@ def metrics(record: Record) -> Html:
     return join(parts)
 
 
-def _scored(name: str, rows: Mapping[str, Mapping[str, Record]]) -> Html:
-    """A table with a row for each group and a column for each metric; beside it a plot of the first that is a share."""
-    wanted = list(dict.fromkeys(metric for cells in rows.values() for metric in cells))
-    columns = {name: None, "n": "num", **{_title(metric): "num" for metric in wanted}}
-    body = [
-        [group, _over(cells), *(_cell(metric, cells[metric]) if metric in cells else "–" for metric in wanted)]
-        for group, cells in rows.items()
-    ]
-    parts = [table(columns, body)]
-    first = next((metric for metric in wanted if is_share(metric)), None)
-    if first is not None:
+def _roc(record: Record, splits: Mapping[str, Mapping[str, Record]]) -> Html | None:
+    if not (curve := record.get("roc")):
+        return None
+    found = next((splits[name] for name in ("test", *splits) if name in splits), {})
+    mark = None
+    if (cell := found.get("sensitivity_at_90")) and bounded(cell):
+        words = f"sensitivity {number(100 * cell['value'])} % at a specificity of 90 %"
+        mark = (0.1, cell["value"], words)
+    said = [f"AUC {shown('auc', found['auc']['value'])}"] if "auc" in found else []
+    said += [f"positive: {record['labels'][1]}"] if len(record.get("labels") or ()) == 2 else []
+    about = ", ".join(["ROC curve", *said])
+    plot = plots.roc(curve["fpr"], curve["tpr"], mark=mark, about=about)
+    return figure(plot, "ROC curve", tag("span", ", ".join(said), class_="remark") if said else None)
+
+
+def _scored(name: str, rows: Mapping[str, Mapping[str, Record]], plot: Html | None = None) -> Html:
+    """A table of groups and metrics, on its side where there are many of these, and beside it a plot.
+
+    Without a plot of one's own it is one of the first metric between 0 and 1, or of the first.
+    """
+    wanted = leading(list(dict.fromkeys(metric for cells in rows.values() for metric in cells)))
+    if len(wanted) > MAX_COLUMNS >= len(rows) or BEFORE in rows:
+        columns = {"Metric": None, **{group.capitalize(): "num" for group in rows}}
+        body = [[titled(metric), *(_maybe(metric, cells) for cells in rows.values())] for metric in wanted]
+        body.insert(0, ["Over", *map(_over, rows.values())])
+    else:
+        columns = {name: None, "n": "num", **{titled(metric): "num" for metric in wanted}}
+        body = [[group, _over(cells), *(_maybe(metric, cells) for metric in wanted)] for group, cells in rows.items()]
+    if plot is None and wanted:
+        first = next((metric for metric in wanted if highest(metric)), wanted[0])
         seen = {group: cells[first] for group, cells in rows.items() if first in cells}
-        dots = [plots.Row(group, cell["value"], *_ends(cell)) for group, cell in seen.items()]
-        parts.append(_figure(_dots(first, dots), _title(first)))
-    return tag("div", *parts, class_="beside")
+        drawn = [
+            plots.Row(group, found["value"], *ends(found), kind="before" if group == BEFORE else "transfer")
+            for group, found in seen.items()
+            if found["value"] is not None and math.isfinite(found["value"])
+        ]
+        plot = figure(dots(first, drawn), titled(first)) if drawn else None
+    return tag("div", table(columns, body), plot, class_="beside")
 
 
-def _cell(metric: str, cell: Record) -> Html:
-    below = span(metric, cell) if bounded(cell) else "no interval"
-    return join([shown(metric, cell["value"]), tag("span", below, class_="below")])
+def _maybe(metric: str, cells: Mapping[str, Record]) -> Html | str:
+    return cell(metric, cells[metric]) if metric in cells else "–"
+
+
+def cell(metric: str, found: Record) -> Html:
+    """A value and below it its interval."""
+    below = span(metric, found) if bounded(found) else "no interval"
+    return join([shown(metric, found["value"]), tag("span", below, class_="below")])
 
 
 def _over(cells: Mapping[str, Record]) -> str:
     """What the intervals of a row are over; all there is, should its metrics differ."""
-    known = [cell for cell in cells.values() if cell.get("n") is not None]
-    said = (many(cell["n"], cell["over"]) if cell.get("over") else count(cell["n"]) for cell in known)
+    known = [found for found in cells.values() if found.get("n") is not None]
+    said = (many(found["n"], found["over"]) if found.get("over") else count(found["n"]) for found in known)
     return ", ".join(dict.fromkeys(said)) or "–"
 
 
-def _ends(cell: Record) -> tuple[float | None, float | None]:
-    return (cell["low"], cell["high"]) if bounded(cell) else (None, None)
-
-
-def _dots(metric: str, rows: Sequence[plots.Row]) -> Html:
+def dots(metric: str, rows: Sequence[plots.Row]) -> Html:
+    """A dot plot of one metric."""
     about = f"{named(metric)}: " + ", ".join(f"{row.name} {shown(metric, row.value)}" for row in rows)
-    return plots.dot_plot(rows, show=lambda value: shown(metric, value), percent=is_share(metric), about=about)
+    percent, most = is_share(metric), highest(metric)
+    return plots.dot_plot(rows, show=lambda value: shown(metric, value), percent=percent, most=most, about=about)
 
 
-def _title(metric: str) -> str:
-    name = named(metric)
-    return name[:1].upper() + name[1:]
-
-
-def _figure(plot: Html, title: str, *more: Html | None) -> Html:
+def figure(plot: Html, title: str, *more: Html | None) -> Html:
+    """A plot under its title."""
     return tag("figure", tag("figcaption", tag("b", title), *more), plot)
