@@ -1,12 +1,20 @@
 """Adapt a pre-trained checkpoint with pure functions over a parameter pytree, and know whether the transfer helped."""
 
+from jaxtransfer.adapt import adapters as adapters
+from jaxtransfer.adapt import attach as attach
+from jaxtransfer.adapt import blend as blend
 from jaxtransfer.adapt import groups as groups
 from jaxtransfer.adapt import heads as heads
+from jaxtransfer.adapt import merge as merge
+from jaxtransfer.adapt import quantize as quantize
+from jaxtransfer.adapt import resize as resize
+from jaxtransfer.adapt import subtrees as subtrees
 from jaxtransfer.adapt import swap_head as swap_head
 from jaxtransfer.adapt import untie as untie
 from jaxtransfer.checkpoint import Checkpointer as Checkpointer
 from jaxtransfer.checkpoint import restore as restore
 from jaxtransfer.checkpoint import save as save
+from jaxtransfer.generation import generate as generate
 from jaxtransfer.models import apply as apply
 from jaxtransfer.models import from_equinox as from_equinox
 from jaxtransfer.models import from_function as from_function
@@ -22,6 +30,7 @@ from jaxtransfer.parallel import place as place
 from jaxtransfer.run import fit as fit
 from jaxtransfer.source import export as export
 from jaxtransfer.source import load as load
+from jaxtransfer.source import load_adapter as load_adapter
 from jaxtransfer.step import init_state as init_state
 from jaxtransfer.step import make_eval as make_eval
 from jaxtransfer.step import make_step as make_step

@@ -162,6 +162,8 @@ def fit(
     """Runs the step over the data and returns the last state.
 
     Stopped at any point and resumed with the saved state, data position and `Progress`, it continues bit for bit.
+    Nothing waits for a step before the next one is dispatched, but where its state is needed: to evaluate, to save, and
+    while steps are rejected, so that a divergence is told with the state that diverged.
 
     Args:
       step: from `make_step`; the state is donated to it.
@@ -212,6 +214,8 @@ class _Loop:
     max_rejected: int
     diagnose: Callable[[State, Params, Mapping[str, Any]], str] | None
     saved: int = 0
+    flying: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # metrics and batch of a step not waited for
+    clock: float = 0.0
 
     def run(self, state: State) -> State:
         now = self.progress
@@ -219,30 +223,56 @@ class _Loop:
         exhausted = self._exhausted()
         if self._due(now.batch) and now.evaluated < now.batch:  # a stop came before or in this evaluation
             exhausted = self._evaluation(state)
+        self.clock = time.perf_counter()
         while now.batch < self.steps and not exhausted:
-            began = time.perf_counter()
-            batch = self._next()
-            state, metrics = self.step(state, self.frozen, batch)
-            now.batch += 1
-            self._account(jax.device_get(metrics), state, batch, time.perf_counter() - began)
+            state = self._advance(state)
+            if self.flying is not None:
+                continue
             if self.stop.signum is not None:
                 self._save(state)
                 raise Interrupted(self.stop.signum)
             if self._due(now.batch):
                 exhausted = self._evaluation(state)
-            elif self.save_every and now.batch - self.saved >= self.save_every:
+            elif self._due_to_save(now.batch):
                 self._save(state)
+            self.clock = time.perf_counter()
         self._save(state)
         self._emit("end", rejected=now.rejected, best=now.best, best_step=now.best_batch)
         if self.checkpoint is not None:
             self.checkpoint.wait()
         return state
 
-    def _next(self) -> Mapping[str, Any]:
+    def _advance(self, state: State) -> State:
+        """Dispatches a step, then counts the one before it; waits for both where this one's state is needed."""
+        batch = self._next(state)
+        state, metrics = self.step(state, self.frozen, batch)
+        self._land(state)
+        self.flying = (metrics, batch)
+        at = self.progress.batch + 1
+        needed = at == self.steps or self._due(at) or self._due_to_save(at) or self.stop.signum is not None
+        if needed or self.progress.in_a_row or self.max_rejected == 1:
+            self._land(state)
+        return state
+
+    def _land(self, state: State) -> None:
+        """Counts the step that was not waited for, if there is one."""
+        if self.flying is None:
+            return
+        (metrics, batch), self.flying = self.flying, None
+        metrics, began = jax.device_get(metrics), self.clock
+        self.clock = time.perf_counter()
+        self.progress.batch += 1
+        self._account(metrics, state, batch, self.clock - began)
+
+    def _next(self, state: State) -> Mapping[str, Any]:
         try:
             return next(self.data)
         except StopIteration:
+            self._land(state)
             raise ValueError(f"the data ended after {self.progress.batch} of {self.steps} batches; repeat it") from None
+
+    def _due_to_save(self, batch: int) -> bool:
+        return bool(self.save_every) and batch - self.saved >= (self.save_every or 0)
 
     def _due(self, batch: int) -> bool:
         if self.evaluate is None or batch == 0:

@@ -32,7 +32,7 @@ CONFIG = "source: {ref: a}\ndata: {train: {path: x}}\nrun: {epochs: 1}\nadapt: {
 def job(monkeypatch):
     """Stands for the room that does the work: records the calls, returns or raises what a test wants."""
     calls = []
-    result = SimpleNamespace(value={"accuracy": 0.5})
+    result = SimpleNamespace(value={"accuracy": 0.5}, task="text-classification")
 
     def answer(name):
         def call(*args, **keywords):
@@ -44,8 +44,8 @@ def job(monkeypatch):
 
         return call
 
-    names = ("run", "resume", "explain", "inspect", "evaluate", "predict", "export")
-    room = SimpleNamespace(**{name: answer(name) for name in names})
+    names = ("run", "resume", "explain", "inspect", "evaluate", "predict", "complete", "export")
+    room = SimpleNamespace(**{name: answer(name) for name in names}, task_of=lambda folder: result.task)
     monkeypatch.setattr(commands, "_job", lambda: room)
     return SimpleNamespace(calls=calls, result=result)
 
@@ -117,6 +117,29 @@ def test_predict_reads_a_file_and_standard_input(job, tmp_path, monkeypatch):
     assert [args[1] for _, args, _ in job.calls] == [["one", "two\x85still two"]] * 2
 
 
+def test_predict_takes_images_of_a_run_of_images(job, capsys):
+    job.result.task, job.result.value = "image-classification", [{"image": "a.png", "label": "cat"}]
+    assert cli.main(["predict", "runs/x", "--image", "a.png", "b.png"]) == 0
+    assert job.calls == [("predict", (Path("runs/x"), ["a.png", "b.png"]), {})]
+    assert json.loads(capsys.readouterr().out) == {"image": "a.png", "label": "cat"}
+    assert cli.main(["predict", "runs/x", "--text", "a.png"]) == 2
+    assert "texts: runs/x is a run of image-classification, which takes --image" in capsys.readouterr().err
+
+
+def test_predict_goes_on_with_texts_piece_by_piece(job, capsys, monkeypatch):
+    job.result.task, job.result.value = "causal-lm", ["def f(", "x):\n\treturn", "\x1b[2J"]
+    words = "--max-new-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1".split()
+    assert cli.main(["predict", "runs/x", "--text", "a", "--text", "b", *words]) == 0
+    sampling = {"max_new_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 1}
+    assert job.calls == [("complete", (Path("runs/x"), text), sampling) for text in "ab"]
+    assert capsys.readouterr().out == "def f(x):\n\treturn\x1b[2J\n" * 2
+    job.calls.clear()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["predict", "runs/x", "--text", "a"]) == 0
+    assert job.calls == [("complete", (Path("runs/x"), "a"), {})]
+    assert capsys.readouterr().out == "def f(x):\n\treturn\\x1b[2J\n"
+
+
 TEXTS = {
     b"a\n\nb\n": "line 2: is empty",
     b"": "line 1: is empty",
@@ -146,9 +169,13 @@ USAGE = {
     "run CONFIG --deb": "unrecognized arguments: --deb",
     "run none.yaml": "none.yaml: cannot be read: No such file or directory",
     "evaluate x --optimizer.lr 1": "unrecognized arguments: --optimizer.lr 1",
-    "predict x": "one of the arguments --text --file - is required",
+    "predict x": "one of the arguments --text --file --image - is required",
     "predict x --text a --file b": "not allowed with argument --text",
     "predict x y": "invalid choice: 'y'",
+    "predict x --image a --text b": "not allowed with argument --image",
+    "predict x --image a.png b.png": "--image: x is a run of text-classification, which takes --text, --file or -",
+    "predict x --text a --top-k 5": "--top-k: is for causal-lm, x is a run of text-classification",
+    "predict x --text a --max-new-tokens many": "argument --max-new-tokens: invalid int value: 'many'",
     "export x --format onnx": "invalid choice: 'onnx'",
     "inspect a --rules PLAIN": "has no adapt.rules",
 }
@@ -225,7 +252,7 @@ def test_every_error_of_the_package_has_a_code_or_a_reason():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
     }
-    parents = {"DamagedError"}  # derived from one that has a code
+    parents = {"DamagedError", "ImageError"}  # derived from one that has a code
     builtin = {"KeyboardInterrupt", "BrokenPipeError"}
     assert found - parents - inner.keys() == cli._CODES.keys() - builtin
 
@@ -298,7 +325,7 @@ def test_the_process_ends_with_the_code_and_survives_a_closed_pipe(tmp_path):
         "import sys; from types import SimpleNamespace\n"
         "from jaxtransfer import cli; from jaxtransfer.cli import commands\n"
         "rows = ({'text': 'x' * 1000} for _ in range(100_000))\n"
-        "commands._job = lambda: SimpleNamespace(predict=lambda *_: rows)\n"
+        "commands._job = lambda: SimpleNamespace(predict=lambda *_: rows, task_of=lambda _: 'text-classification')\n"
         "sys.exit(cli.main(['predict', 'runs/x', '--text', 'a']))"
     )
     read, write = os.pipe()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import types
 import typing
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtransfer import config
-from jaxtransfer.config import ConfigError, document, schema
+from jaxtransfer.config import ConfigError, document, optimizers, schema
 from jaxtransfer.config.secrets import redact
+from jaxtransfer.data.augment import Augment
 from jaxtransfer.data.sources import DataSpec
 from jaxtransfer.optim import OPTIMIZERS, Group
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 BASE = """\
 source: {ref: some/model}
@@ -177,7 +180,10 @@ WRONG = {
     ),
     "literal's type": ("run.remat: true", "run.remat: expected one of full, dots, got True"),
     "optimizer": ("optimizer.name: adam", "optimizer.name: expected one of adamw, sgd"),
-    "kind": ("task.kind: {a: 1}", "task.kind: expected text-classification, got a mapping with a"),
+    "kind": (
+        "task.kind: {a: 1}",
+        "task.kind: expected one of text-classification, causal-lm, image-classification, got a mapping",
+    ),
     "missing": ("source: {}", "source.ref: missing; expected text"),
     "missing path": ("data.train: {}", "data.train.path: missing; expected text"),
     "empty ref": ("source.ref: ''", "source.ref: must be a folder"),
@@ -195,7 +201,27 @@ WRONG = {
     "batch": ("data.batch: 0", "data.batch: must be at least 1, got 0"),
     "buckets": ("data.buckets: [128, 64]", "data.buckets: must be increasing lengths, got [128, 64]"),
     "no buckets": ("data.buckets: []", "data.buckets: must be increasing lengths, got []"),
-    "last bucket": ("task.max_length: 64", "data.buckets: must end with task.max_length, 64; got 128"),
+    "last bucket": ("data.buckets: [32, 64]", "data.buckets: must end with task.max_length, 128; got 64"),
+    "other task": ("task: {kind: gpt}", "task.kind: expected one of text-classification, causal-lm, image"),
+    "other task's option": (
+        "task.packing: true",
+        "task.packing: is not read by text-classification, but by causal-lm",
+    ),
+    "option of two others": (
+        "task: {kind: causal-lm, labels: [a, b]}",
+        "task.labels: is not read by causal-lm, but by text-classification and image-classification",
+    ),
+    "nobody's option": ("task: {kind: causal-lm, pack: 1}", "task.pack: unknown key; did you mean 'packing'?"),
+    "no task": ("task: 1", "task: expected a mapping, got 1"),
+    "task's range": ("task: {kind: causal-lm, max_length: 0}", "task.max_length: must be at least 1, got 0"),
+    "record in a task": (
+        "task: {kind: image-classification, augment: {pad: -1}}",
+        "task.augment.pad: must be at least 0",
+    ),
+    "pair or number": (
+        "task: {kind: image-classification, size: [1]}",
+        "task.size: expected an integer or [an integer, an integer] or null, got [1]",
+    ),
     "smoothing": ("task.label_smoothing: 1", "task.label_smoothing: must be in [0, 1), got 1.0"),
     "labels": ("task.labels: [a, a]", "task.labels: must be two or more different names"),
     "split": ("data.train.split: [5, 2]", "data.train.split: must be [start, stop]"),
@@ -210,6 +236,8 @@ WRONG = {
     "rules unread": ("adapt.rules: [[a, b]]", "adapt.rules: is only read with train: rules"),
     "mesh": ("mesh.fsdp: 0", "mesh.fsdp: must be at least 1, got 0"),
     "seeds": ("study.seeds: [1, 1]", "study.seeds: must be one or more different integers"),
+    "budgets": ("study.budgets: [5, 5]", "study.budgets: must be increasing numbers of examples, got [5, 5]"),
+    "no budgets": ("study.budgets: []", "study.budgets: must be increasing numbers of examples, got []"),
     "variable": ("data.train.path: '${HOME}/x'", "data.train.path: only ${JAXTRANSFER_DATA} is expanded"),
     "token": ("source.ref: hf_abcdefghijklmnopqrst", "source.ref: holds a token or password"),
     "login": ("data.train.path: https://me:pass@host/x", "data.train.path: holds a token or password"),
@@ -323,16 +351,81 @@ def test_only_one_variable_is_expanded(write, monkeypatch):
 
 
 def test_a_group_inherits_only_what_its_optimizer_reads():
-    found = schema.OptimizerConfig(b1=0.8, groups={"head": schema.GroupConfig(name="sgd", momentum=0.5)})
+    found = config.OptimizerConfig(b1=0.8, groups={"head": config.GroupConfig(name="sgd", momentum=0.5)})
     assert found.group("body").b1 == 0.8
     assert (found.group("head").b1, found.group("head").momentum) == (None, 0.5)
     assert found.group("head").weight_decay == found.weight_decay
 
 
+IMAGES = {"kind": "image-classification"}
+PART = {"data": {"train": {"path": "p.jsonl"}}, "run": {"epochs": 1}}
+CROSSED = {
+    "lengths of images": (
+        {"task": IMAGES, "data": {"train": {"path": "x"}, "buckets": [8]}},
+        "data.buckets: are lengths of texts, image-classification has none",
+    ),
+    "a control of itself": (
+        {"source": {"ref": "a", "init": "scratch"}, "study": {}}, "study: needs a source with weights, source.init",
+    ),
+    "nothing to forget": (
+        {"source": {"ref": "a", "init": "scratch"}, "data": {"train": {"path": "x"}, "retain": {"path": "y"}}},
+        "data.retain: needs a source with weights",
+    ),
+    "scratch twice": ({"source": {"ref": "a", "init": "scratch"}, "pretrain": PART}, "pretrain: needs a source with"),
+    "retain before": (
+        {"pretrain": {**PART, "data": {"train": {"path": "x"}, "retain": {"path": "y"}}}},
+        "pretrain.data.retain: what is trained from scratch has nothing to forget",
+    ),
+    "pretraining's buckets": (
+        {"pretrain": {**PART, "data": {"train": {"path": "x"}, "buckets": [8]}}},
+        "pretrain.data.buckets: must end with task.max_length, 128; got 8",
+    ),
+    "pretraining's variable": (
+        {"pretrain": {**PART, "data": {"train": {"path": "${HOME}"}}}}, "pretrain.data.train.path: only ${JAXTRANSFER",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CROSSED)
+def test_what_does_not_go_together(case):
+    changes, expected = CROSSED[case]
+    with pytest.raises(ConfigError) as error:
+        config.from_dict({**document.parse(BASE)[0], "out": "x", **changes})
+    assert str(error.value).startswith(expected)
+
+
+def test_the_run_that_makes_the_source():
+    labelled = {"kind": "text-classification", "labels": ["x", "y"], "max_length": 64}
+    raw = {**document.parse(BASE)[0], "out": "runs/x", "task": labelled, "mesh": {"data": 2}}
+    whole = config.from_dict({**raw, "pretrain": {**PART, "optimizer": {"lr": 0.5}}})
+    part = whole.pretraining()
+    assert (part.source.ref, part.source.init, part.out) == ("some/model", "scratch", "runs/x/pretrain")
+    assert part.task == dataclasses.replace(whole.task, labels=None)
+    assert (part.data.train.path, part.optimizer.lr, part.mesh, part.study) == ("p.jsonl", 0.5, whole.mesh, None)
+    assert part.pretraining() is config.from_dict(raw).pretraining() is None
+    own = config.from_dict({**raw, "pretrain": {**PART, "task": {"kind": "causal-lm"}}}).pretraining()
+    assert own.task == config.CausalLMConfig(kind="causal-lm")
+
+
+def test_buckets_are_those_of_the_task(write):
+    found = [
+        config.load(write(BASE), [("task", f"{{kind: {kind}{more}}}")]).buckets
+        for kind, more in [
+            ("text-classification", ", max_length: 100"),
+            ("causal-lm", ""),
+            ("image-classification", ""),
+        ]
+    ]
+    assert found == [(32, 64, 100), (32, 64, 128, 256, 512), ()]
+
+
 def test_optimizers_agree_with_what_is_on_offer():
-    assert set(typing.get_args(schema.OptimizerName)) == set(OPTIMIZERS) == set(schema._READS)
+    assert set(typing.get_args(optimizers.OptimizerName)) == set(OPTIMIZERS) == set(optimizers.READS)
     fields = {field.name for field in dataclasses.fields(Group)}
-    assert {field.name for field in dataclasses.fields(schema.GroupConfig)} - {"name"} <= fields
+    assert {field.name for field in dataclasses.fields(config.GroupConfig)} - {"name"} <= fields
+
+
+none = st.none()
 
 
 def strategy(kind):
@@ -352,8 +445,8 @@ def strategy(kind):
         return st.sampled_from(args)
     if origin is tuple:
         return st.lists(strategy(args[0]), max_size=3) if args[-1] is Ellipsis else st.tuples(*map(strategy, args))
-    if origin is not None and type(None) in args:
-        return st.none() | st.one_of(*[strategy(arg) for arg in args if arg is not type(None)])
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(*[none if arg is type(None) else strategy(arg) for arg in args])
     if origin is not None:
         return st.dictionaries(texts, strategy(args[1]), max_size=2)
     return {
@@ -364,11 +457,19 @@ def strategy(kind):
     }[kind]
 
 
-none = st.none()
 SPECIAL = {
-    (schema.TaskConfig, "max_length"): st.just(128),
-    (schema.TaskConfig, "labels"): none | st.lists(texts, min_size=2, max_size=3, unique=True),
-    (schema.DataConfig, "buckets"): st.sampled_from([(128,), (8, 128)]),
+    **{(kind, "max_length"): st.just(128) for kind in (config.TextClassificationConfig, config.CausalLMConfig)},
+    **{
+        (kind, "labels"): none | st.lists(texts, min_size=2, max_size=3, unique=True)
+        for kind in (config.TextClassificationConfig, config.ImageClassificationConfig)
+    },
+    (config.ImageClassificationConfig, "channels"): none | st.sampled_from([1, 3]),
+    (Augment, "crop_scale"): st.just((0.25, 0.5)),
+    (Augment, "crop_ratio"): none,
+    (config.Config, "pretrain"): none,
+    (schema.SourceConfig, "init"): st.just("pretrained"),
+    (schema.StudyConfig, "budgets"): none | st.just((5, 10)),
+    (schema.DataConfig, "buckets"): none | st.sampled_from([(128,), (8, 128)]),
     (schema.AdaptConfig, "train"): st.just("full"),
     (schema.AdaptConfig, "last"): none,
     (schema.AdaptConfig, "rules"): st.just([]),
@@ -380,9 +481,10 @@ SPECIAL = {
     (DataSpec, "delimiter"): none | st.sampled_from(["\t", ";", " "]),
     (DataSpec, "pattern"): none,
     (DataSpec, "split"): none | st.just((0, 5)),
+    (DataSpec, "only"): st.lists(texts, max_size=2, unique=True),
     **{
         (k, name): none
-        for k in (schema.OptimizerConfig, schema.GroupConfig)
+        for k in (config.OptimizerConfig, config.GroupConfig)
         for name in ("momentum", "b1", "b2", "eps")
     },
 }
@@ -392,6 +494,8 @@ SPECIAL = {
 @given(raw=strategy(config.Config), epochs=st.integers(1, 9))
 def test_dump_and_load_round_trip(raw, epochs, tmp_path_factory):
     raw["run"] = {**raw["run"], "epochs": epochs}
+    if raw.get("task", {}).get("kind") == "image-classification":
+        raw["data"].pop("buckets", None)
     found = config.from_dict(raw)
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(config.dump(found), encoding="utf-8")
@@ -403,11 +507,10 @@ def test_dump_and_load_round_trip(raw, epochs, tmp_path_factory):
 def test_recipes_are_read(path):
     found = config.load(path)
     assert found.out == f"runs/{path.stem}"
-    assert found.adapt.train == "full"
-    assert f"jaxtransfer run configs/{path.name}" in path.read_text(encoding="utf-8")
-    # The variant on frozen features that the recipes' heads describe.
-    frozen = config.load(path, [("adapt.train", "head"), ("task.pooling", "mean"), ("optimizer.lr", "3e-3")])
-    assert (frozen.adapt.train, frozen.task.pooling) == ("head", "mean")
+    assert f"jaxtransfer run {path.relative_to(ROOT)}" in path.read_text(encoding="utf-8")
+    if found.task.kind == "text-classification":  # the variant on frozen features that the recipes' heads describe
+        frozen = config.load(path, [("adapt.train", "head"), ("task.pooling", "mean"), ("optimizer.lr", "3e-3")])
+        assert (frozen.adapt.train, frozen.task.pooling) == ("head", "mean")
 
 
 SECRETS = {

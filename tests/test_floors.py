@@ -27,6 +27,7 @@ FLOORS = {
     "parallel": 3,
     "data": 3,
     "optim": 3,
+    "generation": 3,
     "source": 4,
     "step": 4,
     "tasks": 4,

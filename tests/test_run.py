@@ -288,3 +288,45 @@ def test_progress_is_whole_in_json():
     assert other == progress
     with pytest.raises(KeyError):
         other.load({"batch": 1})
+
+
+class Metric:
+    """A number on a device: that it is read, which waits for its step, is written down."""
+
+    def __init__(self, log, at, value):
+        self.log, self.at, self.value = log, at, value
+
+    def __array__(self, dtype=None, copy=None):
+        if self.log is not None:
+            self.log.append(("read", self.at))
+        return np.asarray(self.value, dtype)
+
+
+def test_a_step_is_waited_for_once_the_next_is_dispatched_or_its_state_is_needed():
+    log = []
+
+    def dispatched(state, frozen, batch):
+        at = int(batch["x"][0])
+        log.append(("step", at))
+        state, metrics = step(state, frozen, batch)
+        return state, {name: Metric(log if name == "loss" else None, at, x) for name, x in metrics.items()}
+
+    world = World(scores=[0.5, 0.6], bad={6}, every=4, save_every=2)
+    world.step = dispatched
+    world.fit()
+    assert log == [
+        ("step", 1), ("step", 2), ("read", 1), ("read", 2),  # to save
+        ("step", 3), ("step", 4), ("read", 3), ("read", 4),  # to evaluate
+        ("step", 5), ("step", 6), ("read", 5), ("read", 6),
+        ("step", 7), ("read", 7),  # as the sixth was rejected
+        ("step", 8), ("read", 8),
+    ]  # fmt: skip
+    log.clear()
+    fit(dispatched, [], frozenset(), Data(), steps=4, log_every=1)
+    assert log == [
+        ("step", 1), ("step", 2), ("read", 1), ("step", 3), ("read", 2), ("step", 4), ("read", 3), ("read", 4),
+    ]  # fmt: skip
+    log.clear()
+    with pytest.raises(DivergenceError):
+        fit(dispatched, [], {3}, Data(), steps=4, max_rejected=1)
+    assert log == [(what, n) for n in range(1, 4) for what in ("step", "read")]

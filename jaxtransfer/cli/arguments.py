@@ -78,12 +78,7 @@ def _add_commands(commands: Any) -> None:
     evaluate.add_argument("run", metavar="RUN", help="the folder of a finished run")
     evaluate.add_argument("--data", metavar="PATH", help="a file with the columns of the run's test data")
 
-    predict = command("predict", "Classify texts: a table at a terminal, JSON lines otherwise")
-    predict.add_argument("run", metavar="RUN", help="the folder of a finished run")
-    texts = predict.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
-    texts.add_argument("--file", metavar="PATH", help="UTF-8, a text on each line")
-    texts.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="a text on each line of the input")
+    _add_predict(command)
 
     export = command("export", "Write the model of a run for others to load")
     export.add_argument("run", metavar="RUN", help="the folder of a finished run")
@@ -91,6 +86,24 @@ def _add_commands(commands: Any) -> None:
     export.add_argument("--format", choices=["hf", "orbax"], default="hf", help="by default hf")
 
     command("resume", "Go on with a run that was stopped").add_argument("run", metavar="RUN", help="its folder")
+
+
+def _add_predict(command: Any) -> None:
+    predict = command(
+        "predict", "Classify texts or images: a table at a terminal, JSON lines otherwise; or go on with texts"
+    )
+    predict.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    inputs = predict.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
+    inputs.add_argument("--file", metavar="PATH", help="UTF-8, a text on each line")
+    inputs.add_argument("--image", nargs="+", metavar="PATH", help="files of images")
+    inputs.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="a text on each line of the input")
+    going = predict.add_argument_group("of runs of causal-lm, which go on with the text")
+    going.add_argument("--max-new-tokens", type=int, metavar="N", help="by default 128")
+    going.add_argument("--temperature", type=float, metavar="T", help="by default 0, the likeliest token each time")
+    going.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    going.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens of this probability")
+    going.add_argument("--seed", type=int, metavar="N", help="of the draws; by default 0")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -124,8 +137,9 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 
 
 def _keys() -> str:
-    """The keys of a configuration as an option list; the three data sets take the same ones."""
-    rows = [row for row in keys() if not row[0].startswith(("data.validation.", "data.test."))]
+    """The keys of a configuration as an option list; what takes the same keys as another is told in words."""
+    alike = ("data.validation.", "data.test.", "data.retain.", "pretrain.")
+    rows = [row for row in keys() if not row[0].startswith(alike)]
     width = max(len(key) for key, _, _ in rows) + 4
     lines = [
         f"  {f'--{key}':<{width}}{kind}{'' if default is None else f'; default {default}'}"
@@ -135,8 +149,9 @@ def _keys() -> str:
         [
             "every key of the configuration can be set, to YAML (quote lists: '[0, 1]'):",
             *lines,
-            "data.validation and data.test have the keys of data.train, or are null; optimizer.groups.NAME has",
-            "those of optimizer down to eps; out is by default runs/ and the name of CONFIG",
+            "data.validation, data.test and data.retain have the keys of data.train, or are null; pretrain is null or",
+            "has data, task, optimizer and run with the keys of these; optimizer.groups.NAME has those of optimizer",
+            "down to eps; out is by default runs/ and the name of CONFIG",
         ]
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtransfer import config
 from jaxtransfer.cli.arguments import UsageError
-from jaxtransfer.cli.tables import plain, show
+from jaxtransfer.cli.tables import lines_and_tabs, plain, show
 from jaxtransfer.data.sources import DataError
 
 
@@ -38,9 +38,27 @@ def evaluate(options: Namespace) -> None:
     show(_job().evaluate(Path(options.run), data=options.data), _console())
 
 
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+
+
 def predict(options: Namespace) -> None:
-    """Classify texts; rows are printed as they come."""
-    predictions = _job().predict(Path(options.run), options.text or _lines(options.file or options.stdin))
+    """Classify texts or images, or go on with texts; what comes is printed as it comes."""
+    job, folder = _job(), Path(options.run)
+    task = job.task_of(folder)
+    sampling = {name: getattr(options, name) for name in _SAMPLING if getattr(options, name) is not None}
+    if task != "causal-lm" and sampling:
+        raise UsageError(f"--{next(iter(sampling)).replace('_', '-')}: is for causal-lm, {folder} is a run of {task}")
+    if (options.image is not None) != (task == "image-classification"):
+        given, wanted = ("--image", "--text, --file or -") if options.image is not None else ("texts", "--image")
+        raise UsageError(f"{given}: {folder} is a run of {task}, which takes {wanted}")
+    inputs = options.image or options.text or _lines(options.file or options.stdin)
+    if task == "causal-lm":
+        for prompt in inputs:
+            for piece in job.complete(folder, prompt, **sampling):
+                print(lines_and_tabs(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+            print(flush=True)
+        return
+    predictions = job.predict(folder, inputs)
     if sys.stdout.isatty():
         show(list(predictions), _console())
         return
@@ -93,5 +111,5 @@ def _lines(name: str) -> list[str]:
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from None
     if blank := [i for i, line in enumerate(lines, 1) if not line.strip()]:
-        raise DataError(f"{name}, line {blank[0]}: is empty; every line is a text to classify")
+        raise DataError(f"{name}, line {blank[0]}: is empty; every line is a text")
     return [line.removesuffix("\r") for line in lines]

@@ -83,6 +83,16 @@ def escape(text: str) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def lines_and_tabs(text: str) -> str:
+    r"""As :func:`escape`, for text of several lines.
+
+    Example:
+      >>> lines_and_tabs("a\n\tb\x1b[2J")
+      'a\n\tb\\x1b[2J'
+    """
+    return "".join(part if part in ("\n", "\t") else escape(part) for part in re.split(r"([\n\t])", text))
+
+
 def plain(value: Any) -> Any:
     """Dictionaries, lists and scalars of records (without what their repr hides), tuples, and arrays' scalars."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

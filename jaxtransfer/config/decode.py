@@ -31,7 +31,11 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
     if origin in (typing.Union, types.UnionType):
         return _union(args, value, path)
     if origin is typing.Literal:
-        if value not in args or type(value) not in {type(arg) for arg in args}:
+        if (
+            not isinstance(value, (str, int, float))
+            or value not in args
+            or type(value) not in {type(arg) for arg in args}
+        ):
             near = nearest(value, [str(arg) for arg in args])
             raise ConfigError(f"{path}: expected {describe(kind)}, got {short(value)}{near}", path)
         return value
@@ -49,18 +53,41 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
 
 
 def _union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    """The only unions of a configuration are ``X | None`` and those of scalars."""
+    """``X | None``, unions of scalars and tuples, and records that are told apart by their ``kind``."""
     if value is None and type(None) in kinds:
         return None
     rest = [kind for kind in kinds if kind is not type(None)]
     if len(rest) == 1:
         return decode(rest[0], value, path)
+    if all(map(dataclasses.is_dataclass, rest)):
+        return _tagged(rest, value, path)
     for kind in rest:
         try:
             return decode(kind, value, path)
         except ConfigError:
             continue
     raise ConfigError(f"{path}: expected {' or '.join(describe(kind) for kind in kinds)}, got {short(value)}", path)
+
+
+def tag(record: Any) -> str:
+    """The ``kind`` of a record that is told apart by it."""
+    return typing.get_args(typing.get_type_hints(record)["kind"])[0]
+
+
+def _tagged(records: Sequence[Any], value: Any, path: str) -> Any:
+    """The record whose ``kind`` is given; the first one where none is."""
+    if isinstance(value, tuple(records)):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: expected a mapping, got {short(value)}", path)
+    known = {tag(record): record for record in records}
+    kind = decode(typing.Literal[tuple(known)], value.get("kind", next(iter(known))), f"{path}.kind")
+    names = {each: [field.name for field in dataclasses.fields(record)] for each, record in known.items()}
+    for key in value:
+        if key not in names[kind] and (others := [other for other in known if key in names[other]]):
+            where = f"{path}.{key}"
+            raise ConfigError(f"{where}: is not read by {kind}, but by {' and '.join(others)}", where)
+    return _record(known[kind], value, path)
 
 
 def _tuple(kind: Any, args: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -1,14 +1,15 @@
 """Configurations from files, with overrides from the command line, and back to text."""
 
+import collections.abc
 import dataclasses
 import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jaxtransfer.config.decode import decode, describe, short
+from jaxtransfer.config.decode import decode, describe, short, tag
 from jaxtransfer.config.document import MAX_BYTES, ConfigError, parse, render
 from jaxtransfer.config.schema import Config
 from jaxtransfer.config.secrets import redact
@@ -47,10 +48,10 @@ def from_dict(raw: Mapping[str, Any]) -> Config:
       ConfigError: see :func:`load`.
     """
     _refuse_secrets(raw, "")
-    data = raw.get("data")
-    if isinstance(data, Mapping):
-        raw = {**raw, "data": {key: _expand(item, f"data.{key}") for key, item in data.items()}}
-    return decode(Config, raw)
+    raw = _expand_all(raw, "data")
+    if isinstance(pretrain := raw.get("pretrain"), Mapping):
+        raw = {**raw, "pretrain": _expand_all(pretrain, "data", "pretrain.")}
+    return decode(Config, _expand_all(raw, "source"))
 
 
 def dump(config: Config) -> str:
@@ -67,9 +68,12 @@ def keys(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, str | N
     """
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        hint = next(arm for arm in _arms(hints[field.name]) if arm is not type(None))
-        if dataclasses.is_dataclass(hint):
-            yield from keys(hint, f"{path}{field.name}.")
+        records = [arm for arm in _arms(hints[field.name]) if dataclasses.is_dataclass(arm)]
+        if len(records) == 1:
+            yield from keys(records[0], f"{path}{field.name}.")
+            continue
+        if records:
+            yield from _tagged_keys(records, f"{path}{field.name}.")
             continue
         required = field.default is field.default_factory is dataclasses.MISSING
         value = field.default_factory() if callable(field.default_factory) else field.default
@@ -78,6 +82,19 @@ def keys(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, str | N
             describe(hints[field.name]),
             None if required else render([value])[1:-2] if value != {} else "{}",
         )
+
+
+def _tagged_keys(records: Sequence[Any], path: str) -> Iterator[tuple[str, str, str | None]]:
+    """The keys of records that are told apart by their ``kind``: whose they are is said where it is not all of them."""
+    rows: dict[tuple[str, str, str | None], list[str]] = {}
+    for record in records:
+        for row in keys(record, path):
+            rows.setdefault(row, []).append(tag(record))
+    kinds = [tag(record) for record in records]
+    yield (f"{path}kind", describe(Literal[tuple(kinds)]), kinds[0])
+    for (key, words, default), readers in rows.items():
+        if key != f"{path}kind":
+            yield (key, words if readers == kinds else f"{words}, of {' and '.join(readers)}", default)
 
 
 def override(raw: dict[str, Any], key: str, text: str) -> None:
@@ -105,15 +122,18 @@ def override(raw: dict[str, Any], key: str, text: str) -> None:
 
 def _is_text(key: str, text: str) -> bool:
     """Whether the field takes text, and this is not its null."""
-    kind: Any = Config
+    kinds: tuple[Any, ...] = (Config,)
     for name in key.split("."):
-        kind = next((arg for arg in _arms(kind) if arg is not type(None)), None)
-        if dataclasses.is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(name)
-        else:
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is not None else None
-    arms = _arms(kind)
-    return str in arms and not (type(None) in arms and text == "null")
+        found = [_inside(kind, name) for kind in kinds if kind is not type(None)]
+        kinds = tuple(arm for kind in found for arm in _arms(kind))
+    return str in kinds and not (type(None) in kinds and text == "null")
+
+
+def _inside(kind: Any, name: str) -> Any:
+    """The type of what a record holds under a name, or of a mapping's values."""
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind).get(name)
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is collections.abc.Mapping else None
 
 
 def _arms(kind: Any) -> tuple[Any, ...]:
@@ -141,12 +161,21 @@ def _where(path: str, file: Path, lines: Mapping[str, int], given: set[str]) -> 
     return f"{file}: "
 
 
+def _expand_all(raw: Mapping[str, Any], section: str, path: str = "") -> Mapping[str, Any]:
+    """A mapping with the variables of a section's paths replaced, its own and those of its parts."""
+    given = raw.get(section)
+    if not isinstance(given, Mapping):
+        return raw
+    where = f"{path}{section}"
+    return {**raw, section: _expand({key: _expand(item, f"{where}.{key}") for key, item in given.items()}, where)}
+
+
 def _expand(spec: Any, where: str) -> Any:
     """Replaces the one variable that a path may hold; any other ``${...}`` is an error, never the environment's."""
     if not isinstance(spec, Mapping):
         return spec
     spec = dict(spec)
-    for key in ("path", "without"):
+    for key in ("path", "without", "ref", "config"):
         if isinstance(path := spec.get(key), str):
             path = path.replace(f"${{{DATA_VARIABLE}}}", os.environ.get(DATA_VARIABLE) or DATA_DEFAULT)
             if "${" in path:

@@ -1,39 +1,15 @@
-"""What a run is, as frozen records: every field is read by ``job.py``, and checks its own range."""
+"""What a run is, as frozen records: every field is read by ``job``, and checks its own range."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
+from jaxtransfer.config.checks import at_least, check, increasing
 from jaxtransfer.config.document import ConfigError
+from jaxtransfer.config.optimizers import OptimizerConfig
+from jaxtransfer.config.tasks import TaskConfig, TextClassificationConfig
 from jaxtransfer.data.sources import DataSpec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Schedule = Literal["cosine", "linear", "constant"]
-OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "lamb", "lars", "muon"]
-
-_ADAM = ("b1", "b2", "eps")
-_READS: Mapping[str, tuple[str, ...]] = {
-    "adamw": _ADAM,
-    "sgd": ("momentum",),
-    "lion": ("b1", "b2"),
-    "adafactor": (),
-    "lamb": _ADAM,
-    "lars": ("momentum",),
-    "muon": ("b1", "b2"),
-}
-"""Of the fields that only some optimizers have, those that each reads; setting another is an error, not a no-op."""
-_MOMENTS = {"momentum", *_ADAM}
-
-
-def _check(fits: bool, field: str, want: str, got: Any) -> None:
-    if not fits:
-        raise ConfigError(f"{field}: must be {want}, got {got!r}", field)
-
-
-def _at_least(record: Any, low: float, *fields: str) -> None:
-    for field in fields:
-        if (value := getattr(record, field)) is not None:
-            _check(value >= low, field, f"at least {low}", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +17,18 @@ class SourceConfig:
     """Where the pre-trained model comes from.
 
     Attributes:
-      ref: a folder in Hugging Face layout, a hub id, or ``python:PACKAGE/FOLDER``.
+      ref: a folder in Hugging Face layout, a hub id, or ``python:PACKAGE/FOLDER``; with ``config``, a .safetensors file
+        too; where no weights are read, the .json file of a configuration.
+      config: the path of the configuration of weights that come without one.
       revision: of a hub id; resolved to a commit and recorded.
       dtype: of the loaded parameters; None keeps the stored one.
       alternatives: other references to the same weights, named when ``ref`` is not there.
-      init: ``"scratch"`` takes the architecture and fresh parameters.
+      init: ``"scratch"`` takes the architecture and fresh parameters; weights are not read, and need not be there.
       ignore: fields of the model's config that are accepted unread.
     """
 
     ref: str
+    config: str | None = None
     revision: str | None = None
     dtype: Dtype | None = None
     alternatives: tuple[str, ...] = ()
@@ -57,31 +36,7 @@ class SourceConfig:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(bool(self.ref), "ref", "a folder, a hub id or python:PACKAGE/FOLDER", self.ref)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """What the model learns.
-
-    Attributes:
-      labels: the classes in the order of the logits; None sorts those of the training data.
-      pooling: None is the family's own, ``"mean"`` the mean over unmasked positions.
-      max_length: tokens kept of each text.
-      label_smoothing: in [0, 1).
-    """
-
-    kind: Literal["text-classification"] = "text-classification"
-    labels: tuple[str, ...] | None = None
-    pooling: Literal["mean"] | None = None
-    max_length: int = 128
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        _at_least(self, 3, "max_length")
-        _check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)", self.label_smoothing)
-        if self.labels is not None:
-            _check(len(set(self.labels)) == len(self.labels) >= 2, "labels", "two or more different names", self.labels)
+        check(bool(self.ref), "ref", "a folder, a hub id or python:PACKAGE/FOLDER", self.ref)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,121 +44,46 @@ class DataConfig:
     """The data, and how it is batched.
 
     Attributes:
+      retain: of the source's own domain, held out: what the model forgets is measured on it.
       subgroups: further columns, by whose values the final metrics are broken down.
       batch: rows of a batch over all processes.
-      buckets: static lengths, in tokens, that batches are padded to.
+      buckets: static lengths, in tokens, that batches of texts are padded to; None is 32, doubled up to
+        ``task.max_length``.
     """
 
     train: DataSpec
     validation: DataSpec | None = None
     test: DataSpec | None = None
+    retain: DataSpec | None = None
     subgroups: tuple[str, ...] = ()
     batch: int = 16
-    buckets: tuple[int, ...] = (32, 64, 128)
+    buckets: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch")
-        increasing = all(a < b for a, b in zip((0, *self.buckets), self.buckets, strict=False))
-        _check(bool(self.buckets) and increasing, "buckets", "increasing lengths", list(self.buckets))
+        at_least(self, 1, "batch")
+        if self.buckets is not None:
+            increasing(self.buckets, "buckets", "increasing lengths")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """What trains: all, the head, the head and the ``last`` blocks, or by ``rules``: (regex of paths, group)."""
+    """What trains: all, the head, the head and the ``last`` blocks, or by ``rules``: (regex of paths, group).
+
+    ``untie`` gives a head that is tied to the word embedding weights of its own, to train the one without the other.
+    """
 
     train: Literal["full", "head", "last", "rules"] = "full"
     last: int | None = None
     rules: tuple[tuple[str, str], ...] = ()
+    untie: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "last")
+        at_least(self, 1, "last")
         for field in ("last", "rules"):
             given = getattr(self, field) not in (None, ())
             if given != (self.train == field):
                 need = "is only read" if given else "is needed"
                 raise ConfigError(f"{field}: {need} with train: {field}, got train: {self.train}", field)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupConfig:
-    """What one group of parameters has of its own; None is what ``optimizer`` says for all."""
-
-    name: OptimizerName | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    schedule: Schedule | None = None
-    warmup: float | None = None
-    momentum: float | None = None
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-
-    def __post_init__(self) -> None:
-        _rates(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """How parameters move.
-
-    Attributes:
-      name: of the optimizer.
-      lr: the peak learning rate, > 0.
-      weight_decay: >= 0; biases and norms are left out.
-      schedule: of the learning rate after warm-up.
-      warmup: fraction of the steps in [0, 1) over which the learning rate rises from zero.
-      momentum, b1, b2, eps: of optimizers that have them; None is their own default.
-      clip: largest norm of the trainables' gradient, or None.
-      layer_decay: each block's learning rate over that of the block above it, in (0, 1], or None.
-      groups: group (a label of ``adapt``) -> what it has of its own.
-    """
-
-    name: OptimizerName = "adamw"
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    schedule: Schedule = "cosine"
-    warmup: float = 0.1
-    momentum: float | None = None
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-    clip: float | None = 1.0
-    layer_decay: float | None = None
-    groups: Mapping[str, GroupConfig] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _rates(self)
-        _check(self.clip is None or self.clip > 0, "clip", "positive or null", self.clip)
-        fits = self.layer_decay is None or 0 < self.layer_decay <= 1
-        _check(fits, "layer_decay", "in (0, 1] or null", self.layer_decay)
-        for where, record in {"": self, **{f"groups.{label}.": group for label, group in self.groups.items()}}.items():
-            name = record.name or self.name
-            for field in sorted(_MOMENTS - set(_READS[name])):
-                if getattr(record, field) is not None:
-                    raise ConfigError(f"{where}{field}: is not read by {name}; set null", f"{where}{field}")
-
-    def group(self, label: str) -> GroupConfig:
-        """The settings of one group, its own before those of all; None is left to the optimizer's own default.
-
-        Example:
-          >>> OptimizerConfig(groups={"head": GroupConfig(lr=1e-3)}).group("head").lr
-          0.001
-        """
-        own = self.groups.get(label, GroupConfig())
-        unread = _MOMENTS - set(_READS[own.name or self.name])
-        inherited = {field.name for field in dataclasses.fields(own) if getattr(own, field.name) is None} - unread
-        return dataclasses.replace(own, **{field: getattr(self, field) for field in inherited})
-
-
-def _rates(record: Any) -> None:
-    """The ranges that an optimizer and a group of it share; None is inherited."""
-    for field in ("lr", "eps"):
-        value = getattr(record, field)
-        _check(value is None or value > 0, field, "positive", value)
-    _at_least(record, 0, "weight_decay")
-    for field in ("warmup", "momentum", "b1", "b2"):
-        value = getattr(record, field)
-        _check(value is None or 0 <= value < 1, field, "in [0, 1)", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +97,7 @@ class RunConfig:
       remat: what the backward pass recomputes: None nothing, ``"dots"`` all but products, ``"full"`` everything.
       evaluate_every, checkpoint_every: in steps; None is at the end of every epoch.
       keep: checkpoints kept.
-      metric: of the validation data, by which the best step is chosen.
+      metric: of the validation data, by which the best step is chosen; None is the task's own.
       patience: evaluations without improvement until the run stops.
       log_every: in steps.
       max_rejected: non-finite steps in a row until the run stops.
@@ -233,7 +113,7 @@ class RunConfig:
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
-    metric: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
+    metric: str | None = None
     patience: int | None = None
     log_every: int = 10
     max_rejected: int = 10
@@ -242,9 +122,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("epochs: give either epochs or steps, and null for the other", "epochs")
-        _at_least(self, 1, "epochs", "steps", "accumulate", "evaluate_every", "checkpoint_every", "keep")
-        _at_least(self, 1, "patience", "log_every", "max_rejected")
-        _check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
+        at_least(self, 1, "epochs", "steps", "accumulate", "evaluate_every", "checkpoint_every", "keep")
+        at_least(self, 1, "patience", "log_every", "max_rejected")
+        check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,39 +136,108 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "data", "fsdp", "tensor")
+        at_least(self, 1, "data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """The control experiment: the same architecture from scratch, both over ``seeds``."""
+    """The control experiment: the same architecture from scratch, all of it trained, both over ``seeds``.
+
+    ``budgets`` repeats it with less data: for every budget and seed, transfer and control train on the first so many
+    examples of each class of a permutation of the training data, by the seed (of documents or images with several
+    labels, on the first so many in all). The steps are those of the whole run at every budget, so that the optimizer
+    has the same schedule; of little data they are more epochs.
+    """
 
     control: Literal["scratch"] = "scratch"
     seeds: tuple[int, ...] = (0, 1, 2)
+    budgets: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check(0 < len(self.seeds) == len(set(self.seeds)), "seeds", "one or more different integers", self.seeds)
-        _check(all(0 <= seed < 2**32 for seed in self.seeds), "seeds", "in [0, 2**32)", self.seeds)
+        check(0 < len(self.seeds) == len(set(self.seeds)), "seeds", "one or more different integers", self.seeds)
+        check(all(0 <= seed < 2**32 for seed in self.seeds), "seeds", "in [0, 2**32)", self.seeds)
+        if self.budgets is not None:
+            increasing(self.budgets, "budgets", "increasing numbers of examples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A source made here: the architecture of ``source.ref``, trained from scratch on other data.
+
+    Attributes:
+      task: None is that of the run, with the labels of these data.
+    """
+
+    data: DataConfig
+    task: TaskConfig | None = None
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.data.retain is not None:
+            raise ConfigError("data.retain: what is trained from scratch has nothing to forget", "data.retain")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run, whole. ``out`` is the folder that it writes to."""
+    """One run, whole. ``out`` is the folder that it writes to; ``pretrain``, where it is given, runs before."""
 
     source: SourceConfig
-    task: TaskConfig = TaskConfig()
+    pretrain: PretrainConfig | None = None
+    task: TaskConfig = dataclasses.field(default_factory=TextClassificationConfig)
     data: DataConfig
     adapt: AdaptConfig = AdaptConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     run: RunConfig
     mesh: MeshConfig = MeshConfig()
     study: StudyConfig | None = None
     out: str
 
     def __post_init__(self) -> None:
-        _check(bool(self.out), "out", "a folder", self.out)
-        longest, limit = self.data.buckets[-1], self.task.max_length
-        if longest != limit:
-            raise ConfigError(f"data.buckets: must end with task.max_length, {limit}; got {longest}", "data.buckets")
+        check(bool(self.out), "out", "a folder", self.out)
+        longest, buckets = getattr(self.task, "max_length", None), self.data.buckets
+        if buckets is not None and longest is None:
+            raise ConfigError(f"data.buckets: are lengths of texts, {self.task.kind} has none", "data.buckets")
+        if buckets is not None and buckets[-1] != longest:
+            told = f"must end with task.max_length, {longest}; got {buckets[-1]}"
+            raise ConfigError(f"data.buckets: {told}", "data.buckets")
         if self.data.validation is None and self.run.patience is not None:
             raise ConfigError("run.patience: needs data.validation to be measured on", "run.patience")
+        if self.source.init == "scratch":
+            for field, given in {
+                "pretrain": self.pretrain,
+                "study": self.study,
+                "data.retain": self.data.retain,
+            }.items():
+                if given is not None:
+                    raise ConfigError(f"{field}: needs a source with weights, source.init asks for none", field)
+        try:
+            self.pretraining()
+        except ConfigError as error:
+            raise ConfigError(f"pretrain.{error}", f"pretrain.{error.path}") from None
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The static lengths of texts; none where the task reads no texts.
+
+        Example:
+          >>> source, data = SourceConfig(ref="bert"), DataConfig(train=DataSpec("train.jsonl"))
+          >>> Config(source=source, data=data, run=RunConfig(epochs=1), out="runs/x").buckets
+          (32, 64, 128)
+        """
+        if (longest := getattr(self.task, "max_length", None)) is None:
+            return ()
+        doubled = (32 << i for i in range(longest.bit_length()))
+        return self.data.buckets or (*(length for length in doubled if length < longest), longest)
+
+    def pretraining(self) -> "Config | None":
+        """The run that makes the source, in a folder of its own; None where the source is there."""
+        if (given := self.pretrain) is None:
+            return None
+        task = given.task
+        if task is None:
+            task = dataclasses.replace(self.task, labels=None) if hasattr(self.task, "labels") else self.task
+        return Config(
+            source=dataclasses.replace(self.source, init="scratch"), task=task, data=given.data,
+            optimizer=given.optimizer, run=given.run, mesh=self.mesh, out=f"{self.out}/pretrain",
+        )  # fmt: skip

@@ -1,9 +1,11 @@
 """Jobs: a configuration read into calls of the library; what the command line does, for programs as well."""
 
-from jaxtransfer.job.commands import evaluate as evaluate
 from jaxtransfer.job.commands import explain as explain
-from jaxtransfer.job.commands import export as export
 from jaxtransfer.job.commands import inspect as inspect
-from jaxtransfer.job.commands import predict as predict
 from jaxtransfer.job.commands import resume as resume
 from jaxtransfer.job.commands import run as run
+from jaxtransfer.job.finished import complete as complete
+from jaxtransfer.job.finished import evaluate as evaluate
+from jaxtransfer.job.finished import export as export
+from jaxtransfer.job.finished import predict as predict
+from jaxtransfer.job.finished import task_of as task_of

@@ -21,19 +21,18 @@ SPLITS = ("test", "validation", "train")
 
 
 def predictions(job: Job, state: State, frozen: Params, split: str, check: Callable[[], None]) -> dict[str, np.ndarray]:
-    """Logits (N, C) and labels (N,) of a split, in the order of its examples; ``check`` is called before each batch."""
+    """What the task observes of a split, in the order of its examples; ``check`` is called before each batch."""
     parts = []
     for batch in job.loader(split):
         check()
-        outputs = job.evaluate(state, frozen, shard_batch(batch, job.mesh))
-        parts.append({"logits": np.asarray(outputs["logits"]), "labels": batch["labels"], "index": batch["index"]})
+        parts.append(jax.device_get(job.evaluate(state, frozen, shard_batch(batch, job.mesh))))
     return collect(parts)
 
 
 def selection(job: Job) -> Selection:
     """How the best state is chosen."""
-    run = job.config.run
-    return Selection(run.metric, minimize=run.metric == "loss", patience=run.patience)
+    metric = job.metric
+    return Selection(metric, minimize=metric in job.task.minimize, patience=job.config.run.patience)
 
 
 class Memory:
@@ -77,7 +76,7 @@ def train(
 
     def evaluate(state: State, frozen: Params) -> dict[str, float]:
         found = predictions(job, state, frozen, "validation", stop.check)
-        return {name: metric.value for name, metric in job.task.metrics(found["logits"], found["labels"]).items()}
+        return {name: metric.value for name, metric in job.task.metrics(found).items()}
 
     return fit(
         _on_mesh(job), state, frozen, data,
@@ -109,7 +108,7 @@ def score(job: Job, seed: int, *, scratch: bool, stop: Stop, callbacks: Sequence
     last = train(job, state, frozen, seed=seed, saver=memory, stop=stop, callbacks=callbacks)
     best = last if memory.best is None else memory.best
     found = predictions(job, best, frozen, final_split(job), stop.check)
-    return job.task.metrics(found["logits"], found["labels"])[job.config.run.metric].value
+    return job.task.metrics(found)[job.metric].value
 
 
 def final_split(job: Job) -> str:

@@ -17,6 +17,9 @@ PIPELINES = {
     "token-classification": "token-classification",
     "question-answering": "question-answering",
     "masked-lm": "fill-mask",
+    "causal-lm": "text-generation",
+    "image-classification": "image-classification",
+    "distilled-image-classification": "image-classification",
     None: "feature-extraction",
 }
 
@@ -76,7 +79,7 @@ def card_text(source: Source, name: str, format: str, metrics: Mapping[str, Any]
     front = {
         "license": text_of(lineage.license) or "unknown",
         "base_model": text_of(_base(source)),
-        "library_name": "transformers" if format == "hf" else "jaxtransfer",
+        "library_name": {"hf": "transformers", "peft": "peft"}.get(format, "jaxtransfer"),
         "pipeline_tag": PIPELINES.get(head.kind if head else None),
         "tags": ["jaxtransfer", source.model.family],
     }
@@ -111,21 +114,36 @@ def _base(source: Source) -> str | None:
 def _usage(source: Source, format: str) -> str:
     if format == "orbax":
         return '## Use\n\n```python\nimport jaxtransfer\n\nsource = jaxtransfer.load("FOLDER")  # this folder\n```\n'
+    if format == "peft":
+        return (
+            "## Use\n\n```python\nimport jaxtransfer\n\n"
+            'source = jaxtransfer.load("BASE")  # the source above, under the head that was trained\n'
+            'source = jaxtransfer.load_adapter(source, "FOLDER")  # this folder; PEFT reads it too\n```\n'
+        )
     classes = {
         "sequence-classification": "AutoModelForSequenceClassification",
         "token-classification": "AutoModelForTokenClassification",
         "question-answering": "AutoModelForQuestionAnswering",
         "masked-lm": "AutoModelForMaskedLM",
+        "causal-lm": "AutoModelForCausalLM",
+        "image-classification": "AutoModelForImageClassification",
+        "distilled-image-classification": "DeiTForImageClassificationWithTeacher",  # no AutoModel loads it
     }
     kind = source.model.head.kind if source.model.head else None
     auto = classes.get(kind or "", "AutoModel")
+    name, reader = ("processor", "AutoImageProcessor") if _sees(source) else ("tokenizer", "AutoTokenizer")
     return (
         "## Use\n\n```python\n"
-        f"from transformers import AutoTokenizer, {auto}\n\n"
+        f"from transformers import {reader}, {auto}\n\n"
         'folder = "."  # this folder\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"{name} = {reader}.from_pretrained(folder)\n"
         f"model = {auto}.from_pretrained(folder)\n```\n"
     )
+
+
+def _sees(source: Source) -> bool:
+    """Whether images are what the model reads."""
+    return hasattr(source.model.config, "num_channels")
 
 
 def _table(title: str, rows: list[tuple[str, Any]]) -> str:

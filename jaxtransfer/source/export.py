@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtransfer.adapt.subtrees import held_in
 from jaxtransfer.models.api import abstract_init
 from jaxtransfer.models.names import turn
-from jaxtransfer.models.registry import Family, family
+from jaxtransfer.models.registry import ConfigFieldError, Family, family
 from jaxtransfer.source import orbax_folder
 from jaxtransfer.source.card import card_text, lineage_record
+from jaxtransfer.source.peft import write_adapter
 from jaxtransfer.source.resolve import ASSETS, CARD, CONFIG, MARKER
 from jaxtransfer.source.writer import fsync, write_folder, write_text
 from jaxtransfer.tree import diff, digest, flatten
@@ -37,10 +39,11 @@ def export(
     """Writes an adapted model as a folder, beside it first and then renamed: there is never half of one.
 
     Args:
-      source: canonical parameters; adapters are merged first.
+      source: canonical parameters; adapters are merged first, but for ``"peft"``, which is them alone.
       path: the folder; it may be absent, empty, or an earlier export, which is replaced.
       format: ``"hf"``, which transformers loads with no missing and no unexpected keys, or ``"orbax"``, which holds
-        every model of the zoo, heads of no Hugging Face class included. `load` reads both.
+        every model of the zoo, heads of no Hugging Face class included; `load` reads both. ``"peft"`` is the adapters
+        and what was trained beside them, as PEFT and `load_adapter` read them, bound to the base's digest.
       metrics: name -> value, for the model card.
 
     Returns:
@@ -49,14 +52,16 @@ def export(
     Raises:
       ExportError: the folder holds something else, the parameters are not canonical, or the format is unknown.
       ConfigFieldError: no Hugging Face class computes this head.
+      PeftError: there are no adapters, or none that PEFT has a form for.
       OSError: the folder cannot be written, or the disk is full; nothing is left behind.
     """
-    writers = {"hf": _write_hf, "orbax": _write_orbax}
+    writers = {"hf": _write_hf, "orbax": _write_orbax, "peft": _write_peft}
     if format not in writers:
         raise ExportError(f"format {format!r} is not one of {', '.join(writers)}")
     path = Path(path).expanduser().resolve()
     _check_target(path)
-    _check_params(source)
+    if format != "peft":
+        _check_params(source)
     kind = family(source.model.family)
     try:
         with _replacing(path) as folder:
@@ -67,6 +72,7 @@ def export(
             write_text(folder / CARD, card_text(source, path.name, format, metrics))
             record = _record(source, format, metrics)
             record |= {"files": orbax_folder.hashes(folder)} if format == "orbax" else {}
+            record |= {"base": source.lineage.digest} if format == "peft" else {}
             write_text(folder / MARKER, json.dumps(record, indent=2, allow_nan=False))
     except OSError as error:
         raise OSError(error.errno, f"cannot export: {error.strerror or error}", str(path)) from None
@@ -101,6 +107,9 @@ def _check_params(source: Source) -> None:
     nodes = flatten(source.params, is_leaf=is_weight)
     if leaves := [path for path, node in nodes.items() if is_weight(node)]:
         raise ExportError(f"{leaves[0]} is a {type(nodes[leaves[0]]).__name__}, not an array: merge the adapters first")
+    if inside := held_in(source):
+        way = "write it alone, with format='peft'" if inside[0].endswith("/prompt") else "no format holds it: detach it"
+        raise ExportError(f"{inside[0]} is a subtree beside the model's own parameters, and cannot be merged: {way}")
     diff(abstract_init(source.model), source.params, dtypes=False).check("export: the parameters are not the model's")
     far = [path for path, leaf in nodes.items() if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable]
     if far:
@@ -131,17 +140,23 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _write_hf(source: Source, kind: Family, folder: Path) -> None:
+    if not kind.hub:
+        raise ConfigFieldError(f"transformers has no {kind.name}: export with format='orbax', which load reads")
     config = kind.export_config(source.model, source.assets["config"])
     table = kind.names(source.model)
     flat = {path: np.asarray(leaf) for path, leaf in flatten(source.params).items()}
     rows = table.export_names(flat, with_prefix=source.model.head is not None)
-    tensors = {name: turn(flat[path], how) for path, (name, how) in rows.items()}
-    tensors |= {copy.theirs: turn(flat[copy.ours], copy.transform) for copy in table.copies}
+    tensors = {name: turn(flat[path], how, back=True) for path, (name, how) in rows.items()}
+    tensors |= {copy.theirs: turn(flat[copy.ours], copy.transform, back=True) for copy in table.copies}
     kinds = {str(array.dtype) for array in tensors.values() if jnp.issubdtype(array.dtype, jnp.floating)}
     config = {key: value for key, value in config.items() if key != "torch_dtype"}
     config["dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
     write_text(folder / CONFIG, json.dumps(config, indent=2))
     write_folder(folder, tensors, {"format": "pt"})
+
+
+def _write_peft(source: Source, kind: Family, folder: Path) -> None:
+    write_adapter(source, folder)
 
 
 def _write_orbax(source: Source, kind: Family, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -9,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtransfer.models.api import abstract_init
 from jaxtransfer.models.names import turn
-from jaxtransfer.models.registry import Family, family, labels_of
+from jaxtransfer.models.registry import Family, family, labels_of, load_plan
 from jaxtransfer.source import orbax_folder, placing
 from jaxtransfer.source.card import read_card, text_of
 from jaxtransfer.source.orbax_folder import sha256
@@ -25,12 +27,14 @@ from jaxtransfer.tree.rules import Rules
 from jaxtransfer.types import Head, Lineage, Model, Source
 
 Sharding = Rules | Callable[[Model, Any], Rules]
-LABELLED = ("sequence-classification", "token-classification")
+Config = Mapping[str, Any] | str | os.PathLike[str] | None
+LABELLED = tuple(f"{kind}-classification" for kind in ("sequence", "token", "image", "distilled-image"))
 
 
 def load(
     ref: str | os.PathLike[str],
     *,
+    config: Config = None,
     head: Head | str | None = "checkpoint",
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
@@ -42,7 +46,10 @@ def load(
     """Loads a pre-trained checkpoint: safetensors in Hugging Face layout, or a folder that `export` wrote.
 
     Args:
-      ref: a local folder, a hub id, or ``python:PACKAGE/FOLDER`` (a folder inside an installed package).
+      ref: a local folder, a hub id, or ``python:PACKAGE/FOLDER`` (a folder inside an installed package); with
+        ``config``, a .safetensors file too.
+      config: the raw configuration, or the path of its .json file, for weights that come without one: those of timm,
+        torchvision or anyone else, under any of the names that the family knows.
       head: ``"checkpoint"`` for the head that the checkpoint was trained with, None for the bare trunk, or a new
         :class:`Head`, whose parameters are drawn from ``key`` over the checkpoint's trunk.
       key: PRNG key of a new head; only for one.
@@ -63,15 +70,19 @@ def load(
       ShardingError: a rule's spec does not divide its leaf.
     """
     if isinstance(head, Head):
-        how = {"mesh": mesh, "sharding": sharding, "dtype": dtype, "revision": revision, "ignore": ignore}
+        how = {
+            "config": config,
+            "mesh": mesh,
+            "sharding": sharding,
+            "dtype": dtype,
+            "revision": revision,
+            "ignore": ignore,
+        }
         return _with_new_head(head, key, ref, how)
     if head not in ("checkpoint", None) or key is not None:
         raise SourceError(f"head={head!r}: expected 'checkpoint', None, or a Head with a key to draw it from")
-    found = resolve(os.fspath(ref), revision)
-    raw = read_object(found.files[CONFIG], CONFIG_BYTES, SourceError)
-    if not isinstance(raw.get("model_type"), str):
-        raise SourceError(f"{found.ref}: {CONFIG} names no model_type, so the family of the model is unknown")
-    kind = family(raw["model_type"])
+    found = resolve(os.fspath(ref), revision, config=config)
+    raw, kind = read_config(found, config)
     if MARKER in found.files:
         record = read_object(found.files[MARKER], MARKER_BYTES, SourceError)
         if record.get("format") == "orbax":
@@ -81,8 +92,9 @@ def load(
     pooler = any(re.search(r"(^|\.)pooler\.", name) for name in tensors)
     model = kind.build(raw, wanted, pooler=pooler, ignore=ignore)
     expected = flatten(abstract_init(model))
-    plan = kind.names(model).load_plan(tensors, list(expected))
+    plan = load_plan(kind, model, list(tensors), list(expected))
     views = {path: turn(tensors[name].read(name), how) for path, (name, how) in plan.used.items()}
+    views |= {path: np.zeros(expected[path].shape, expected[path].dtype) for path in plan.zeros}
     diff(expected, views, dtypes=False).check(f"{found.ref}: the tensors do not fit {CONFIG}")
     where = placing.shardings(expected, mesh, _rules(sharding, model, expected))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -95,7 +107,21 @@ def load(
     listing = "\n".join(f"{name} {files[name]}" for name in sorted(files))
     params = unflatten({path: flat[path] for path in expected})
     lineage = Lineage(found.ref, hashlib.sha256(listing.encode()).hexdigest(), files, dropped=dict(plan.dropped))
-    return _source(model, params, found, raw, lineage)
+    return described(Source(model, params, lineage), found, raw)
+
+
+def read_config(found: Resolved, config: Config = None) -> tuple[dict[str, Any], Family]:
+    """The raw configuration of a source and the family that it names.
+
+    Raises:
+      SourceError: it is no JSON object, or names no ``model_type``; ConfigFieldError: the family is not supported.
+    """
+    given = dict(config) if isinstance(config, Mapping) else None
+    raw = read_object(found.files[CONFIG], CONFIG_BYTES, SourceError) if given is None else given
+    if not isinstance(raw.get("model_type"), str):
+        name = "config" if given is not None else found.files[CONFIG].name
+        raise SourceError(f"{found.ref}: {name} names no model_type, so the family of the model is unknown")
+    return raw, family(raw["model_type"])
 
 
 def _with_new_head(head: Head, key: jax.Array | None, ref: str | os.PathLike[str], how: dict[str, Any]) -> Source:
@@ -146,7 +172,8 @@ def _from_orbax(
         model = kind.build(raw, None, pooler="pooler" in params, ignore=ignore)
         dropped = {path: "the head of another task" for path in there if path.startswith("head/")}
         params = {name: node for name, node in params.items() if name != "head"}
-    return _source(model, params, found, raw, Lineage(found.ref, record["digest"], dropped=dropped))
+    lineage = Lineage(found.ref, record["digest"], dropped=dropped)
+    return described(Source(model, params, lineage), found, raw)
 
 
 def _rules(sharding: Sharding, model: Model, expected: Mapping[str, Any]) -> Rules:
@@ -161,17 +188,19 @@ def _check_hashes(found: Resolved, files: Mapping[str, str]) -> None:
             )
 
 
-def _source(model: Model, params: Any, found: Resolved, raw: dict[str, Any], lineage: Lineage) -> Source:
-    """The Source of loaded parameters, with what the card and the folder say besides."""
+def described(source: Source, found: Resolved, raw: dict[str, Any]) -> Source:
+    """A source with what its card and its folder say besides, and the fingerprints of its parameters."""
     card = read_card(found.files[CARD]) if CARD in found.files else {}
     named = text_of(card.get("license_name") if card.get("license") == "other" else card.get("license"))
+    text = json.dumps(raw, sort_keys=True)
+    config = sha256(found.files[CONFIG]) if CONFIG in found.files else hashlib.sha256(text.encode()).hexdigest()
     lineage = dataclasses.replace(
-        lineage,
-        files={**lineage.files, CONFIG: sha256(found.files[CONFIG])},
+        source.lineage,
+        files={**source.lineage.files, CONFIG: config},
         commit=found.commit,
         license=None if named == "unknown" else named,
         base_model=text_of(card.get("base_model")),
-        fingerprints=fingerprint(params),
+        fingerprints=fingerprint(source.params),
     )
     assets = {"config": raw, "files": {name: found.files[name] for name in ASSETS if name in found.files}, "card": card}
-    return Source(model, params, lineage, assets)
+    return dataclasses.replace(source, lineage=lineage, assets=assets)

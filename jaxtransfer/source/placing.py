@@ -28,9 +28,14 @@ def shardings(expected: Mapping[str, Any], mesh: Mesh | None, rules: Rules) -> d
     """
     if mesh is not None:
         return flatten(specs.shardings(unflatten(expected), mesh, rules))
-    if rules:
-        raise SourceError(f"{len(rules)} sharding rules but no mesh to shard over")
+    refuse_rules(rules)
     return dict.fromkeys(expected)
+
+
+def refuse_rules(rules: Any) -> None:
+    """Raises :class:`SourceError` for rules without a mesh; a function that gives rules is asked only with one."""
+    if rules and not callable(rules):
+        raise SourceError(f"{len(rules)} sharding rules but no mesh to shard over")
 
 
 def arrays(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ ASSETS = (
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "preprocessor_config.json",
 )
 """Files of tokenizers and processors, which go along with a model unchanged."""
@@ -63,12 +65,21 @@ class Resolved:
     hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def resolve(ref: str, revision: str | None = None) -> Resolved:
+def resolve(
+    ref: str,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> Resolved:
     """Finds the files of a reference; a hub id is fetched, at one commit, without any pickle.
 
     Args:
-      ref: a local folder in Hugging Face layout, ``python:PACKAGE/FOLDER``, or a hub id.
+      ref: a local folder in Hugging Face layout, ``python:PACKAGE/FOLDER``, or a hub id; a .safetensors file where
+        ``config`` is given; a .json file, the configuration itself, where no weights are wanted.
       revision: a branch, tag or commit of a hub id.
+      weights: whether weights are wanted, or only the architecture.
+      config: the model's configuration, for a reference that comes without one.
 
     Raises:
       SourceError: the reference names nothing, or a folder without a model.
@@ -78,20 +89,20 @@ def resolve(ref: str, revision: str | None = None) -> Resolved:
     ref = str(ref)
     if ref.startswith("python:"):
         _refuse_revision(ref, revision)
-        return _files(ref, _package_folder(ref))
+        return _files(ref, _package_folder(ref), weights=weights, config=config)
     local = Path(ref).expanduser()
     if local.is_dir():
         _refuse_revision(ref, revision)
-        return _files(local.resolve().name, local)
+        return _files(local.resolve().name, local, weights=weights, config=config)
     if local.is_file():
-        refuse_suffix(local)
-        raise SourceError(f"{ref}: is a file; give the folder that holds it and {CONFIG}")
+        _refuse_revision(ref, revision)
+        return _file(ref, local, weights, config)
     if not _HUB_ID.fullmatch(ref):
         raise SourceError(
             f"{redact(ref)}: there is no such folder, and it is no hub id either (NAME or OWNER/NAME); "
             "a packaged model is python:PACKAGE/FOLDER"
         )
-    return _from_hub(ref, revision)
+    return _from_hub(ref, revision, weights, config)
 
 
 def _refuse_revision(ref: str, revision: str | None) -> None:
@@ -118,20 +129,48 @@ def _package_folder(ref: str) -> Path:
     return found
 
 
-def _files(ref: str, folder: Path, commit: str | None = None) -> Resolved:
+def _file(ref: str, local: Path, weights: bool, config: Any) -> Resolved:
+    """A file alone: of weights, whose configuration is given beside it, or the configuration."""
+    refuse_suffix(local)
+    if weights and local.suffix == ".safetensors":
+        if config is None:
+            raise SourceError(f"{ref}: is a file; give the folder that holds it and {CONFIG}, or its config as well")
+        return Resolved(local.name, local.parent, {WEIGHTS: local, **_given(config)})
+    if not weights and local.suffix == ".json" and config is None:
+        return Resolved(local.name, local.parent, {CONFIG: local})
+    wanted = ".safetensors file" if weights else f"{CONFIG}, which need not be called that"
+    raise SourceError(f"{ref}: is a file; give a folder, or a {wanted}")
+
+
+def _given(config: Any) -> dict[str, Path]:
+    """The configuration's file, where it is one."""
+    if isinstance(config, Mapping):
+        return {}
+    if not (path := Path(config).expanduser()).is_file():
+        raise SourceError(f"config: {config}: there is no such file")
+    return {CONFIG: path}
+
+
+def _files(ref: str, folder: Path, commit: str | None = None, *, weights: bool = True, config: Any = None) -> Resolved:
     root = folder.resolve()
     # In the hub's cache a snapshot's files are links into the folder of blobs beside it, named by their SHA-256.
     cached = root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir()
     inside = root.parent.parent if cached else root
     names = [CONFIG, CARD, MARKER, WEIGHTS, INDEX, *ASSETS]
     files = {name: _contained(root / name, inside) for name in names if (root / name).is_file()}
-    if MARKER not in files and WEIGHTS not in files and INDEX not in files:
+    if config is not None:
+        if CONFIG in files:
+            raise SourceError(f"{ref}: has a {CONFIG} of its own; config is for weights that come without one")
+        files |= _given(config)
+    if not weights:
+        files = {name: path for name, path in files.items() if name not in (MARKER, WEIGHTS, INDEX)}
+    elif MARKER not in files and WEIGHTS not in files and INDEX not in files:
         raise _no_weights(ref, root)
-    if WEIGHTS not in files and INDEX in files:
+    elif WEIGHTS not in files and INDEX in files:
         shards = sorted(set(read_index(files[INDEX]).values()))
         files |= {name: _contained(root / name, inside) for name in shards if (root / name).is_file()}
-    if CONFIG not in files:
-        raise SourceError(f"{ref}: the folder has weights but no {CONFIG}")
+    if CONFIG not in files and config is None:
+        raise SourceError(f"{ref}: the folder has {'weights but ' if weights else ''}no {CONFIG}; give one as config")
     targets = {name: path.resolve().name for name, path in files.items()} if cached else {}
     hashes = {name: target for name, target in targets.items() if re.fullmatch(r"[0-9a-f]{64}", target)}
     return Resolved(ref, folder, files, commit, hashes)
@@ -151,10 +190,10 @@ def _no_weights(ref: str, root: Path) -> ValueError:
     return SourceError(f"{ref}: neither {WEIGHTS} nor {INDEX} in the folder, which holds {found}")
 
 
-def _from_hub(ref: str, revision: str | None) -> Resolved:
+def _from_hub(ref: str, revision: str | None, weights: bool, config: Any) -> Resolved:
     import huggingface_hub
 
-    patterns = [CONFIG, CARD, MARKER, "*.safetensors", INDEX, *ASSETS]
+    patterns = [CONFIG, CARD, *ASSETS, *((MARKER, "*.safetensors", INDEX) if weights else ())]
     options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
     offline = huggingface_hub.is_offline_mode()
     try:
@@ -171,7 +210,7 @@ def _from_hub(ref: str, revision: str | None) -> Resolved:
         ) from None
     if not _COMMIT.fullmatch(folder.name):
         raise HubError(f"{ref}: the revision did not resolve to a commit, but to {folder.name!r}")
-    return _files(ref, folder, folder.name)
+    return _files(ref, folder, folder.name, weights=weights, config=config)
 
 
 def redact(text: str) -> str:

@@ -67,7 +67,7 @@ class Checkpoint:
 
 POSITION = "embeddings.position_embeddings.weight"
 SPOILT = {
-    "unsupported architecture": (lambda c: c.config(model_type="gpt2"), "'?gpt2'?.* bert"),
+    "unsupported architecture": (lambda c: c.config(model_type="rwkv"), "'?rwkv'?.* bert"),
     "a field that changes the function": (
         lambda c: c.config(position_embedding_type="relative_key"), "position_embedding_type",
     ),

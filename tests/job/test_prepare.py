@@ -7,7 +7,7 @@ import pytest
 
 from jaxtransfer.config import ConfigError
 from jaxtransfer.data.dataset import DataError
-from jaxtransfer.job import commands, prepare
+from jaxtransfer.job import commands, finished, prepare, sources, tasks
 from jaxtransfer.optim import GroupError
 from jaxtransfer.parallel.specs import ShardingError
 from jaxtransfer.run import Interrupted
@@ -70,6 +70,13 @@ def test_each_group_moves_at_its_own_rate_and_what_is_frozen_is_not_there(world)
     assert found.keys() == trained(job)
     for path, delta in found.items():
         np.testing.assert_allclose(delta, -0.4 if path.startswith("head/") else -0.1, rtol=1e-6, err_msg=path)
+
+
+def test_a_control_from_scratch_trains_what_the_transfer_freezes(world):
+    frozen, whole = made(world, adapt={"train": "head"}, optimizer=PLAIN), made(world)
+    assert moved(frozen).keys() == trained(frozen)
+    assert moved(frozen.control).keys() == trained(frozen.control) == trained(whole)
+    assert whole.control is whole
 
 
 def test_warmup_is_a_fraction_of_the_steps(world):
@@ -164,11 +171,11 @@ def test_tokens_beyond_the_vocabulary_are_refused_in_training_and_prediction(wor
     with pytest.raises(DataError, match=r"train: token \d+ is beyond the vocabulary of 64"):
         made(world, source__ref=str(other))
     config = world.config(tmp_path, source__ref=str(world.source))
-    examples = prepare.make_task(config, None if config.task.labels else prepare.read(world.data["train"])).prepare(
-        prepare.tokenizer(prepare.load(other, head=None)), prepare.read(world.data["test"])
-    )
+    task = tasks.make_task(config, prepare.read(world.data["train"]))
+    tokens = task.processor(sources.load(other, head=None))
+    examples = task.prepare(tokens, prepare.read(world.data["test"]), train=False)
     with pytest.raises(DataError, match=r"the data: token \d+ is beyond the vocabulary of 64"):
-        commands._forward(made(world).adapted(0), config, examples)
+        finished._observed(made(world).adapted(0), config, task, examples)
 
 
 WRONG = {
@@ -189,7 +196,14 @@ WRONG = {
     "microbatches": ({"run__accumulate": 3}, ConfigError, "data.batch: 4 rows do not divide by 3: run.accumulate 3"),
     "rows over devices": ({"mesh": {"data": 8}}, ConfigError, "data.batch: 4 rows do not divide by 8"),
     "too few devices": ({"mesh": {"tensor": 16}}, ConfigError, "needs 16 devices, there are 8"),
-    "a control of itself": ({"source__init": "scratch", "study": {}}, ConfigError, "study: .* from scratch"),
+    "a metric of another task": (
+        {"run__metric": "acuracy"},
+        ConfigError, "run.metric: text-classification is not measured by 'acuracy'; did you mean 'accuracy'",
+    ),
+    "a head that is not tied": ({"adapt": {"untie": True}}, ConfigError, "adapt.untie: the head .* is not tied"),
+    "more examples than there are": (
+        {"study": {"budgets": [4, 9]}}, ConfigError, "study.budgets: 9 examples of 'negative' are wanted, .* has 8",
+    ),
 }  # fmt: skip
 
 
@@ -198,6 +212,11 @@ def test_mistakes_come_to_light_in_prepare(name, world, devices):
     changes, kind, says = WRONG[name]
     with pytest.raises(kind, match=says):
         made(world, **changes)
+
+
+def test_a_fresh_head_has_no_measure_from_before(world):
+    with pytest.raises(ConfigError, match=r"data.retain: text-classification puts a fresh head on its source"):
+        made(world, data__retain={"path": world.data["test"]})
 
 
 def test_a_dimension_that_does_not_divide_is_refused_in_prepare(world, devices):

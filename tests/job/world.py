@@ -1,6 +1,7 @@
 """A whole run in miniature: a BERT of two blocks with its tokenizer, a few texts, and a configuration of both."""
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -9,12 +10,14 @@ import signal
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxtransfer import config as configs
 from jaxtransfer.job import prepare
 from jaxtransfer.models import family, init
 from jaxtransfer.source import export
 from jaxtransfer.types import Lineage, Source
+from tests import language
 
 GOOD, BAD = ("good", "lovely"), ("bad", "dull")
 THINGS = ("lamp", "chair", "book", "film", "the", "a", "was", "and")
@@ -65,8 +68,26 @@ def write_texts(path: Path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
-class World:
-    """The folder in which the tests' runs live: the source, the data, and configurations of them."""
+class Place:
+    """A folder in which the tests' runs live, and the configuration that they start from."""
+
+    root: Path
+    raw: dict
+
+    def config(self, out: Path, **changes) -> configs.Config:
+        """The configuration with ``changes``: ``section__key=value``, or ``section=value`` for all of it."""
+        raw = copy.deepcopy({**self.raw, "out": str(out)})
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            if name:
+                raw.setdefault(section, {})[name] = value
+            else:
+                raw[section] = value
+        return configs.from_dict(raw)
+
+
+class World(Place):
+    """A source that reads texts, the texts, and two epochs of four steps."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -76,26 +97,82 @@ class World:
             name: write_texts(root / f"{name}.jsonl", texts(count, seed))
             for seed, (name, count) in enumerate(sizes.items())
         }
+        self.raw = {
+            "source": {"ref": str(self.source)},
+            "data": {**{name: {"path": path} for name, path in self.data.items()}, "batch": 4, "buckets": [16]},
+            "task": {"max_length": 16},
+            "optimizer": {"lr": 3e-3},
+            "run": {"epochs": 2, "log_every": 3},
+        }
 
-    def config(self, out: Path, **changes) -> configs.Config:
-        """Two epochs of four steps; ``changes`` are ``section__key=value``, or ``section=value`` for all of it."""
-        raw = copy.deepcopy(
-            {
-                "source": {"ref": str(self.source)},
-                "data": {**{name: {"path": path} for name, path in self.data.items()}, "batch": 4, "buckets": [16]},
-                "task": {"max_length": 16},
-                "optimizer": {"lr": 3e-3},
-                "run": {"epochs": 2, "log_every": 3},
-                "out": str(out),
-            }
-        )
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            if name:
-                raw.setdefault(section, {})[name] = value
-            else:
-                raw[section] = value
-        return configs.from_dict(raw)
+
+class Library(Place):
+    """A decoder that has weights, or only a configuration; documents of two alphabets, and four steps of them."""
+
+    def __init__(self, root: Path):
+        self.root, self.source, self.bare = root, root / "decoder", root / "bare"
+        made, tokens = language.decoder(), language.byte_tokenizer(template=language.CHAT)
+        raw = {**made.assets["config"], "architectures": ["LlamaForCausalLM"]}
+        self.bare.mkdir()
+        (self.bare / "config.json").write_text(json.dumps(raw))
+        export(dataclasses.replace(made, assets={"config": raw}), self.source)
+        for folder in (self.source, self.bare):
+            tokens.save_pretrained(folder)
+        self.data = {
+            name: write_texts(root / f"{name}.jsonl", documents(letters, count, seed))
+            for seed, (name, letters, count) in enumerate(
+                [("source", "abc", 12), ("train", "xyz", 12), ("test", "xyz", 5), ("retain", "abc", 5)]
+            )
+        }
+        used = {name: {"path": self.data[name]} for name in ("train", "test", "retain")}
+        self.raw = {
+            "source": {"ref": str(self.source)},
+            "data": {**used, "batch": 4},
+            "task": {"kind": "causal-lm", "max_length": 32},
+            "optimizer": {"lr": 1e-2},
+            "run": {"steps": 4},
+        }
+
+
+def documents(letters: str, count: int, seed: int) -> list[dict[str, str]]:
+    """Texts in which every letter is told by the one before it."""
+    draw = random.Random(seed)
+    return [{"text": (letters * 10)[draw.randrange(3) :][: draw.randint(9, 28)]} for _ in range(count)]
+
+
+class Gallery(Place):
+    """A small ResNet without weights; squares in the corners of noise, and four steps of them."""
+
+    def __init__(self, root: Path):
+        self.root, self.source = root, root / "resnet.json"
+        made = {"model_type": "cifar-resnet", "depth": 8, "num_channels": 1, "hidden_sizes": [4, 6, 8]}
+        self.source.write_text(json.dumps(made))
+        self.data = {
+            name: str(write_squares(root / f"{name}.npz", seed)) for seed, name in enumerate(("train", "test"))
+        }
+        self.raw = {
+            "source": {"ref": str(self.source)},
+            "pretrain": {
+                "data": {"train": {"path": self.data["train"], "only": ["0", "1"]}, "batch": 8},
+                "optimizer": {"lr": 1e-2},
+                "run": {"steps": 8},
+            },
+            "task": {"kind": "image-classification", "size": 8, "mean": [0.5], "std": [0.5]},
+            "data": {**{name: {"path": path, "only": ["2", "3"]} for name, path in self.data.items()}, "batch": 8},
+            "optimizer": {"lr": 1e-2},
+            "run": {"steps": 12},
+        }
+
+
+def write_squares(path: Path, seed: int, count: int = 40) -> Path:
+    """Images (N, 8, 8) with a bright square in the corner that is their label, 0 to 3."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 4
+    images = rng.integers(0, 100, (count, 8, 8), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 120
+    np.savez(path, image=images, label=labels)
+    return path
 
 
 def during(patch, call: int, what="make_step", signum=signal.SIGTERM, times=1):

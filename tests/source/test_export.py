@@ -199,8 +199,8 @@ def test_what_is_not_canonical_is_refused(tmp_path, bert):
         export(with_bias({"bias": jnp.zeros(4)}), tmp_path / "out")
     with pytest.raises(TreeError, match="extra: head/out/more"):
         export(with_bias({"more": jnp.zeros(4)}), tmp_path / "out")
-    with pytest.raises(ExportError, match="format 'peft' is not one of hf, orbax"):
-        export(bert, tmp_path / "out", format="peft")
+    with pytest.raises(ExportError, match="format 'gguf' is not one of hf, orbax, peft"):
+        export(bert, tmp_path / "out", format="gguf")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,52 @@
+"""From a configuration to what trains, and how fast."""
+
+import dataclasses
+from typing import Any
+
+from jaxtransfer.adapt import groups
+from jaxtransfer.config import Config, ConfigError
+from jaxtransfer.optim import Group, GroupError
+from jaxtransfer.tree.paths import flatten
+from jaxtransfer.tree.rules import Rule, Rules, as_rules
+from jaxtransfer.types import Model
+
+GROUPS = ("head", "trunk")
+UNTIE = "; adapt.untie: true does the former"
+
+
+def recipe(config: Config, model: Model) -> Rules:
+    """Which rules say what trains."""
+    adapt = config.adapt
+    if adapt.train == "rules":
+        return adapt.rules
+    if adapt.train == "full":
+        return groups.full(model)
+    field = f"adapt.{'last' if adapt.train == 'last' else 'train'}"
+    try:
+        return groups.last(model, adapt.last or 0) if adapt.train == "last" else groups.head_only(model)
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}{UNTIE if 'untie' in str(error) else ''}", field) from None
+
+
+def thawed(rules: Rules) -> Rules:
+    """The same rules with nothing frozen: what was trains as group ``trunk``."""
+    return [
+        Rule(rule.pattern, "trunk" if rule.value == groups.FROZEN else rule.value, True) for rule in as_rules(rules)
+    ]
+
+
+def optimizer_groups(config: Config, labels: Any, steps: int) -> dict[str, Group]:
+    """Label -> `Group`: the settings of all, and what a group has of its own.
+
+    The recipes' labels need no entry in the configuration; any other does, or a slip such as ``frozn`` would train.
+    """
+    used = set(flatten(labels).values())
+    if used <= {groups.FROZEN, groups.STATS}:
+        raise GroupError("adapt: nothing trains, every parameter is frozen")
+    out = {}
+    for label in sorted({*config.optimizer.groups, *(used & set(GROUPS))}):
+        given = dataclasses.asdict(config.optimizer.group(label)).items()
+        own = {name: value for name, value in given if value is not None}
+        warmup = int(own.pop("warmup") * steps)
+        out[label] = Group(own.pop("name"), warmup=warmup, steps=steps, **own)
+    return out

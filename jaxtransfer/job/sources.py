@@ -1,0 +1,91 @@
+"""From a configuration to its source, and where that is placed."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtransfer.config import Config, ConfigError
+from jaxtransfer.models import family
+from jaxtransfer.parallel import fsdp, make_mesh, shardings
+from jaxtransfer.source import SourceError, blank, load
+from jaxtransfer.tasks import Task
+from jaxtransfer.tree.paths import Params
+from jaxtransfer.tree.rules import Rules
+from jaxtransfer.types import Model, Source
+
+
+def load_source(config: Config, task: Task, mesh: Mesh | None, say: Any) -> Source:
+    """What the task starts from, at the first reference that is there, straight onto the mesh.
+
+    The bare trunk for a task that puts a fresh head on it, else the source with its own head. Without weights where
+    none are asked for, or where they are still to be made by ``pretrain``.
+
+    Raises:
+      SourceError: the source ends in another head than the task needs, besides what `load` and `blank` raise.
+    """
+    source = config.source
+    refs, failures = (source.ref, *source.alternatives), []
+    for ref in refs:
+        own = ref == source.ref
+        options = {
+            "config": source.config if own else None,
+            "revision": source.revision if own else None,
+            "dtype": source.dtype,
+            "ignore": source.ignore,
+            **placed(mesh),
+        }
+        try:
+            if source.init == "scratch" or config.pretrain is not None:
+                found = blank(ref, head=None if task.fresh_head else task.head, **options)
+            else:
+                found = load(ref, head=None if task.fresh_head else "checkpoint", **options)
+        except (SourceError, OSError) as error:
+            failures.append(error)
+            continue
+        for missed, failure in zip(refs, failures, strict=False):
+            say(f"source {missed}: not taken, {ref} stands in for it ({failure})")
+        check_head(found, task)
+        return found
+    raise failures[0]
+
+
+def check_head(source: Source, task: Task) -> None:
+    """Raises :class:`SourceError` for a source whose head is not the one that the task goes on with."""
+    head = source.model.head
+    if not task.fresh_head and (head is None or head.kind != task.head.kind):
+        ends = "has no head" if head is None else f"ends in a head for {head.kind}"
+        raise SourceError(
+            f"{source.lineage.ref}: {ends}; {task.name} goes on with the head of its source, which must be for "
+            f"{task.head.kind}"
+        )
+
+
+def placed(mesh: Mesh | None) -> dict[str, Any]:
+    """Where a source is put, as keywords of `load`."""
+    return {"mesh": mesh, "sharding": () if mesh is None else partial(sharding_rules, mesh)}
+
+
+def make_mesh_of(config: Config) -> Mesh | None:
+    """The mesh over the first devices; None for one device."""
+    shape = dataclasses.asdict(config.mesh)
+    count = shape["data"] * shape["fsdp"] * shape["tensor"]
+    if count == 1:
+        return None
+    if count > jax.device_count():
+        raise ConfigError(f"mesh: {shape} needs {count} devices, there are {jax.device_count()}", "mesh")
+    return make_mesh(**shape, devices=jax.devices()[:count])
+
+
+def sharding_rules(mesh: Mesh, model: Model, params: Params) -> Rules:
+    """How parameters, concrete or abstract, are placed: the family's rules for ``tensor``, the generic for ``fsdp``.
+
+    Raises:
+      ShardingError: a leaf that does not divide.
+    """
+    tensor = family(model.family).tensor_rules if mesh.shape["tensor"] > 1 else ()
+    rules = (*tensor, *fsdp(params, mesh))
+    shardings(params, mesh, rules)
+    return rules

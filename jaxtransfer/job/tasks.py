@@ -1,0 +1,81 @@
+"""From a configuration to its task, whose classes may be those of the training data."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxtransfer.config import (
+    CausalLMConfig,
+    Config,
+    ConfigError,
+    ImageClassificationConfig,
+    TextClassificationConfig,
+)
+from jaxtransfer.data.dataset import DataError, Dataset
+from jaxtransfer.tasks import Task, causal_lm, image_classification, text_classification
+
+
+def columns_of(config: Config) -> tuple[str, ...]:
+    """The columns that the configuration's task reads of its data."""
+    task = config.task
+    if isinstance(task, CausalLMConfig):
+        return _causal(task).columns
+    return ("text" if isinstance(task, TextClassificationConfig) else "image", "label")
+
+
+def make_task(config: Config, train: Dataset | None, labels: Sequence[str] = ()) -> Task:
+    """The task of a configuration.
+
+    Args:
+      config: the configuration.
+      train: the training data, whose labels are the classes where the configuration names none; None for a model that
+        is trained already.
+      labels: the classes of such a model.
+
+    Raises:
+      ConfigError: options that exclude each other; DataError: training data of one class.
+    """
+    task = config.task
+    try:
+        if isinstance(task, CausalLMConfig):
+            return _causal(task)
+        classes = tuple(labels) or task.labels or _classes(config, train)
+        if isinstance(task, TextClassificationConfig):
+            return text_classification(
+                classes, max_length=task.max_length, label_smoothing=task.label_smoothing, pooling=task.pooling
+            )
+        return _images(task, classes, train)
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"task.{error}", "task") from None
+
+
+def _causal(task: CausalLMConfig) -> Task:
+    return causal_lm(
+        max_length=task.max_length, packing=task.packing, completion_only=task.completion_only, chat=task.chat,
+        chat_template=task.chat_template, long=task.long, label_smoothing=task.label_smoothing, z_loss=task.z_loss,
+    )  # fmt: skip
+
+
+def _images(task: ImageClassificationConfig, classes: Sequence[str], train: Dataset | None) -> Task:
+    weights, counts = task.class_weights if train is not None else None, None  # of the training loss alone
+    if train is not None and weights == "balanced":
+        if task.multi_label:
+            counts = train.multi_hot("label", classes).sum(0).astype(int).tolist()
+        else:
+            counts = np.bincount(train.class_ids("label", classes), minlength=len(classes)).tolist()
+    return image_classification(
+        classes, multi_label=task.multi_label, size=task.size, channels=task.channels, mean=task.mean, std=task.std,
+        augment=task.augment, on_bad=task.on_bad, label_smoothing=task.label_smoothing, class_weights=weights,
+        counts=counts, examples=None if train is None else len(train), mixup=task.mixup, pooling=task.pooling,
+    )  # fmt: skip
+
+
+def _classes(config: Config, train: Dataset | None) -> tuple[str, ...]:
+    several = isinstance(config.task, ImageClassificationConfig) and config.task.multi_label
+    found = () if train is None else train.classes("label", multi_label=several)
+    if len(found) < 2:
+        path = config.data.train.path
+        raise DataError(f"{path}: has the one label {', '.join(found)}; a classifier needs two or more")
+    return found
