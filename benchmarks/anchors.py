@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtransfer import apply, config, layout, stack
+from jaxtransfer import apply, config, stack
 from jaxtransfer.data.dataset import DataError
 from jaxtransfer.job.prepare import prepare
 from jaxtransfer.job.train import score
+from jaxtransfer.models import layout_of
 from jaxtransfer.models.encoder import mean_pool
 from jaxtransfer.run import Stop
 from jaxtransfer.study import interval
@@ -63,7 +64,7 @@ def frozen(name):
 
     recipe, overrides, _, _ = FROZEN[name]
     job = prepare(config.load(CONFIGS / f"{recipe}.yaml", overrides), lambda text: None)
-    params = stack(job.trunk.params, layout(job.trunk.params))
+    params = stack(job.trunk.params, layout_of(job.trunk.model, job.trunk.params))
 
     @jax.jit
     def forward(params, batch):

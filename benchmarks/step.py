@@ -2,7 +2,9 @@
 
 BERT-L6-H384, batch 16 x 128, float32, dropout 0.1, AdamW with clipping: full fine-tuning, head only, top two blocks.
 
-Usage: python benchmarks/step.py [--rounds 15] [--no-torch] [--profile]
+Then full fine-tuning of a Llama-shaped decoder, ResNet-50 and ViT-S at 224 x 224 (`peers.py`) against torch.
+
+Usage: python benchmarks/step.py [--rounds 15] [--no-torch] [--profile] [--only bert llama resnet-50 vit-s]
 
 Binding: at most 1.03 x the plain step. Stretch: at least 1.2 x faster than torch + transformers.
 """
@@ -12,6 +14,7 @@ import statistics
 import time
 
 import jax
+import peers
 import plain_bert
 from cases import BATCH, HEADS, HIDDEN, INNER, LAYERS, LENGTH, VOCABULARY, batch, ours, plain_parts, source
 
@@ -152,7 +155,31 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=["bert", *peers.SHAPES], default=["bert", *peers.SHAPES])
     args = parser.parse_args()
+    if "bert" in args.only:
+        bert(args)
+    for name in peers.SHAPES:
+        if name in args.only and not args.no_torch:
+            against_torch(name, args.rounds)
+    if args.profile:
+        profile()
+
+
+def against_torch(name, rounds):
+    """Prints the row of one model against torch."""
+    data = peers.batch(name)
+    if (theirs := peers.torch_step(name, data)) is None:
+        print(f"{name}: torch is not installed")
+        return
+    times = interleaved({"ours": peers.library(name, data), "torch": theirs}, rounds)
+    ours, torch = (1e3 * statistics.median(times[side]) for side in ("ours", "torch"))
+    ratio = statistics.median(b / a for a, b in zip(times["ours"], times["torch"], strict=True))
+    print(f"{name} ({peers.SHAPES[name]}): ours {ours:.0f} ms, torch {torch:.0f} ms, torch/ours {ratio:.2f}")
+
+
+def bert(args):
+    """Prints the rows of BERT."""
     src, data = source(), batch()
     print(
         f"BERT-L{LAYERS}-H{HIDDEN}, batch {BATCH} x {LENGTH}, float32, {jax.devices()[0].device_kind}, "
@@ -175,8 +202,6 @@ def main():
             f"{case:8}{middle['ours']:10.1f}{middle['plain']:10.1f}{middle.get('torch', float('nan')):10.1f}"
             f"{ratio:12.3f}{faster:12.2f}"
         )
-    if args.profile:
-        profile()
 
 
 if __name__ == "__main__":
