@@ -75,7 +75,8 @@ def test_a_recipe_of_the_hub_fits_its_model(name):
     count, trained = (sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree)) for tree in (shapes, state.params))
     assert 0 < trained <= count
     assert ("llama" in name or "qwen" in name or "gemma" in name) == (trained < count / 2)
-    assert "while" in program.as_text()  # the blocks are scanned
+    # The blocks are scanned, but for convolutions on a CPU.
+    assert ("while" in program.as_text()) != (name == "resnet-50" and jax.default_backend() == "cpu")
 
 
 @pytest.mark.slow

@@ -315,7 +315,9 @@ class _How:
                 written, stats = body(moving, xs)
                 return written, jax.tree.map(lambda x: x[None], stats)
         own = jax.tree.map(lambda *numbers: jnp.stack([jnp.asarray(x) for x in numbers]), *run.constants)
-        return jax.lax.scan(body, moving, (run.params, jnp.arange(run.low, run.high), own))
+        return jax.lax.scan(
+            body, moving, (run.params, jnp.arange(run.low, run.high), own), unroll=_unrolled(run.params)
+        )
 
     def cast(self, name: str, x: Any) -> Any:
         """Activations in their dtype and place; a cache has its own."""
@@ -329,6 +331,14 @@ class _How:
     def _cast(self, x: Any) -> Any:
         floating = jnp.issubdtype(x.dtype, jnp.floating)
         return self.constrain(self.in_dtype(x)) if floating and self.constrain is not None else self.in_dtype(x)
+
+
+def _unrolled(stacked: Params) -> bool:
+    """Whether the layers of a stack are written out after all: convolutions, on a CPU.
+
+    There XLA takes up to thirty times as long for the gradient of a convolution inside a loop as for one outside.
+    """
+    return jax.default_backend() == "cpu" and any(jnp.ndim(leaf) == 5 for leaf in jax.tree.leaves(stacked))
 
 
 def _surplus(model: Model, params: Params) -> list[str]:

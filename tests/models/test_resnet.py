@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtransfer.adapt import groups
 from jaxtransfer.models import family
-from jaxtransfer.models.api import abstract_init, layout_of
+from jaxtransfer.models.api import abstract_init, apply, layout_of
 from jaxtransfer.models.names import MappingError, turn
 from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.objectives import cross_entropy
@@ -372,6 +372,16 @@ def test_heads_that_do_not_fit(head, message):
     model = vision_zoo.tiny("resnet", **RAW).model
     with pytest.raises(ValueError, match=message):
         family("resnet").rehead(model, head)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere stacks of convolutions are loops")
+def test_on_a_cpu_stacked_convolutions_are_no_loop():
+    """In XLA's loops the gradient of a convolution takes up to thirty times as long."""
+    src = vision_zoo.tiny("resnet", **RAW | {"embedding_size": 8})
+    params, batch = vision_zoo.stacked(src), {"pixel_values": vision_zoo.images(1, 32, 32)}
+    assert "0:2" in params["stage0"]
+    text = jax.jit(lambda params: apply(src.model, params, batch)["logits"]).lower(params).as_text()
+    assert "stablehlo.convolution" in text and "stablehlo.while" not in text
 
 
 def test_a_stack_across_a_stride_is_refused():
