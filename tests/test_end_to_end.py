@@ -184,6 +184,33 @@ def test_a_killed_process_loses_at_most_what_was_not_saved(world, undisturbed, t
 
 
 @pytest.mark.slow
+def test_the_vision_demo_in_short(tmp_path, capsys):
+    """A trunk of a few steps, one budget and one seed: all of the files, not the numbers of the recipe's head."""
+    pytest.importorskip("sklearn")
+    out = tmp_path / "demo"
+    short = ["--pretrain.run.steps", "60", "--run.steps", "20", "--study.seeds", "[0]", "--study.budgets", "[5, 50]"]
+    path = str(ROOT / "configs" / "demo-vision.yaml")
+    assert (
+        cli.main(["run", path, "--out", str(out), "--source.ref", str(ROOT / "configs/models/digits-vit.json"), *short])
+        == 0
+    )
+    assert "labels needed" in capsys.readouterr().out
+    page = json.loads((out / "result.json").read_text())
+    assert [point["budget"] for point in page["curve"]["points"]] == [5, 50]
+    assert page["wrong"][0]["image"].startswith("data:image/png;base64,")
+    assert "Labels needed" in (out / "report.html").read_text()
+
+
+@pytest.mark.data
+def test_the_recipe_of_x_rays_fits_its_weights_and_its_images(data_root, monkeypatch, capsys):
+    monkeypatch.setenv("JAXTRANSFER_DATA", str(data_root))
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["explain", str(ROOT / "configs" / "pneumonia.yaml")]) == 0
+    rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()}
+    assert (rows["head"], rows["trunk"], rows["stats"][0]) == (["2", "130"], ["57", "269,072"], "57")
+
+
+@pytest.mark.slow
 def test_the_demo_in_short(minilm, tmp_path, capsys):
     """The real weights on the packaged reviews, without the study."""
     path = str(ROOT / "configs" / "demo.yaml")
