@@ -77,10 +77,6 @@ def torch_step(name, data):
         return None
     made, kind = config(name)
     model = getattr(transformers, kind)(made).train()
-    parameters = list(model.parameters())
-    split = [{"params": [p for p in parameters if (p.ndim > 1) == decayed], "weight_decay": 0.01 * decayed}
-             for decayed in (True, False)]  # fmt: skip
-    optimizer = torch.optim.AdamW(split, lr=1e-4)
     if name == "llama":
         ids = torch.tensor(np.concatenate([data["input_ids"], data["labels"][:, -1:]], axis=1)).long()
         inputs = {"input_ids": ids, "labels": ids}
@@ -88,12 +84,23 @@ def torch_step(name, data):
         pixels = torch.tensor(data["pixel_values"].transpose(0, 3, 1, 2).copy())
         inputs = {"pixel_values": pixels, "labels": torch.tensor(data["labels"]).long()}
 
+    return torch_run(model, list(model.parameters()), inputs)
+
+
+def torch_run(model, trained, inputs):
+    """A function that runs one torch step: AdamW with decay on matrices and kernels, gradients clipped."""
+    import torch
+
+    decayed, rest = ([p for p in trained if (p.ndim > 1) == wide] for wide in (True, False))
+    settings = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(settings, lr=1e-4)
+
     def run():
         optimizer.zero_grad()
         loss = model(**inputs).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return run

@@ -68,21 +68,8 @@ def torch_step(case, data):
         for part in live:
             part.requires_grad_(True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1]
-    rest = [p for p in trained if p.ndim == 1]
-    settings = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(settings, lr=1e-4)
     inputs = {name: torch.tensor(value).long() for name, value in data.items() if name != "weight"}
-
-    def run():
-        optimizer.zero_grad()
-        loss = model(**inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        return float(loss)
-
-    return run
+    return peers.torch_run(model, trained, inputs)
 
 
 def interleaved(runners, rounds):

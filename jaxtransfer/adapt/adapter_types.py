@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxtransfer.models.layers import dropout, split
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.weights import Weight, Window
 
@@ -81,9 +82,9 @@ class LoRA(Adapter):
 
     def linear(self, x: jax.Array, bias: Any, key: jax.Array | None) -> jax.Array:
         """``x W + bias + s (dropout(x) a) b``."""
-        inner, own = split(key)
+        inner, own = split(key, 2)
         y = weights.linear(x, self.base, bias, inner)
-        return y + low_rank(drop(x, self.rate, own), self.a, self.b, self.scale)
+        return y + low_rank(dropout(x, self.rate, own), self.a, self.b, self.scale)
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """Rows ``W[i] + s a[i] b``."""
@@ -97,9 +98,9 @@ class LoRA(Adapter):
 
     def conv(self, x: jax.Array, bias: Any, key: jax.Array | None, how: Window) -> jax.Array:
         """``x * W + bias + s (dropout(x) * a) b``: ``a`` moves as W does, ``b`` acts on each position."""
-        inner, own = split(key)
+        inner, own = split(key, 2)
         y = weights.conv(x, self.base, bias, inner, how)
-        low = weights.linear(weights.conv(drop(x, self.rate, own), self.a, how=how), self.b)
+        low = weights.linear(weights.conv(dropout(x, self.rate, own), self.a, how=how), self.b)
         return y + low * self.scale.astype(x.dtype)
 
     def specs(self, axes: Sequence[Any]) -> Mapping[str, P]:
@@ -135,7 +136,7 @@ class DoRA(LoRA):
 
     def linear(self, x: jax.Array, bias: Any, key: jax.Array | None) -> jax.Array:
         """``g (x W + s x a b) + bias``."""
-        inner, own = split(key)
+        inner, own = split(key, 2)
         return self._scaled(
             x, bias, own, lambda x: weights.linear(x, self.base, None, inner),
             lambda x: low_rank(x, self.a, self.b, self.scale),
@@ -143,7 +144,7 @@ class DoRA(LoRA):
 
     def conv(self, x: jax.Array, bias: Any, key: jax.Array | None, how: Window) -> jax.Array:
         """``g (x * W + s (x * a) b) + bias``."""
-        inner, own = split(key)
+        inner, own = split(key, 2)
         return self._scaled(
             x, bias, own, lambda x: weights.conv(x, self.base, None, inner, how),
             lambda x: weights.linear(weights.conv(x, self.a, how=how), self.b) * self.scale.astype(x.dtype),
@@ -155,7 +156,7 @@ class DoRA(LoRA):
         if key is None or self.rate == 0.0:
             y = g * (y + low(x))
         else:
-            dropped = drop(x, self.rate, key)
+            dropped = dropout(x, self.rate, key)
             y = y + (g - 1) * base(dropped) + g * low(dropped)
         return y if bias is None else y + row(bias, y)
 
@@ -255,19 +256,3 @@ def column_norm(base: Any, a: Any, b: Any, scale: Any) -> jax.Array:
 def row(value: Any, like: jax.Array) -> jax.Array:
     """A vector along the last axis of ``like``, in its dtype."""
     return weights.materialize(value).astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-def split(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """A key for the base and one for the adapter."""
-    if key is None:
-        return None, None
-    inner, own = jax.random.split(key)
-    return inner, own
-
-
-def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Dropout; identity without a key."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxtransfer.adapt.adapter_types import NAME, Adapter, drop, row, split
+from jaxtransfer.adapt.adapter_types import NAME, Adapter, row
+from jaxtransfer.models.layers import dropout, split
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.paths import Params
 
@@ -62,10 +63,10 @@ class VeRA(Adapter):
 
     def linear(self, x: jax.Array, bias: Any, key: jax.Array | None) -> jax.Array:
         """``x W + bias + ((dropout(x) A) d B) b``."""
-        inner, own = split(key)
+        inner, own = split(key, 2)
         y = weights.linear(x, self.base, bias, inner)
         a, b = self.matrices()
-        low = weights.linear(drop(x, self.rate, own), a)
+        low = weights.linear(dropout(x, self.rate, own), a)
         low = weights.linear(low * row(self.d, low), b)
         return y + low * row(self.b, low)
 
