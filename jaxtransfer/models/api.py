@@ -305,7 +305,8 @@ class _How:
             return {**moving, **{name: self.cast(name, value) for name, value in written.items()}}, stats
 
         if self.remat is not None:
-            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=run.high - run.low == 1)
+            alone = run.high - run.low == 1 or _unrolled(run.params)  # no loop keeps XLA from undoing it
+            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=alone)
         if not run.stacked:
             return body(moving, (run.params, run.low, stage.constants))
         if run.high - run.low == 1:
