@@ -1,5 +1,10 @@
-"""Objectives: what a step minimises, as functions of a `View`."""
+"""Objectives: what a step minimises, as functions of a `View`; and what they are made of, as functions of arrays."""
 
+from jaxtransfer.objectives import adversarial as adversarial
+from jaxtransfer.objectives import discrepancy as discrepancy
+from jaxtransfer.objectives import distillation as distillation
+from jaxtransfer.objectives import regularisers as regularisers
+from jaxtransfer.objectives import source_free as source_free
 from jaxtransfer.objectives.language import language_model as language_model
 from jaxtransfer.objectives.language import token_losses as token_losses
 from jaxtransfer.objectives.losses import IGNORE as IGNORE

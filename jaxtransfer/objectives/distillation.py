@@ -1,0 +1,100 @@
+"""Staying near a teacher's outputs: LwF and distillation, of logits and of features; R3F's divergence; Co-Tuning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def logit_loss(student: jax.Array, teacher: jax.Array, temperature: float = 2.0) -> jax.Array:
+    """``T^2 mean_i KL(softmax(teacher / T) || softmax(student / T))``, the teacher without gradient.
+
+    Hinton et al. 2015, arXiv:1503.02531; learning without forgetting (Li & Hoiem 2016, arXiv:1606.09282) takes T = 2.
+    ``T^2`` keeps the gradient's size; some leave it out. 0 where the two agree.
+
+    Args:
+      student: (B, C) logits.
+      teacher: (B, C) logits.
+      temperature: T > 0.
+
+    Example:
+      >>> z = jnp.array([[1.0, 2.0]])
+      >>> float(logit_loss(z, z))
+      0.0
+    """
+    if temperature <= 0:
+        raise ValueError(f"logit_loss: temperature must be positive, got {temperature}")
+    told = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature, axis=-1)
+    said = jax.nn.log_softmax(student / temperature, axis=-1)
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(told) * (told - said), axis=-1))
+
+
+def feature_loss(student: jax.Array, teacher: jax.Array, channels: jax.Array | None = None) -> jax.Array:
+    """``mean_i sum_j w_j (s_ij - t_ij)^2 / 2``, the teacher without gradient; weighted by channel it is DELTA.
+
+    Li et al. 2019, arXiv:1901.09229: a channel weighs as much as the loss grows where its filter is set to zero (in
+    softmax over the channels). A mean over rows, so that its weight does not depend on the batch.
+
+    Args:
+      student: (B, ..., d) features.
+      teacher: of the same shape.
+      channels: w (d,), or None for 1.
+
+    Example:
+      >>> float(feature_loss(jnp.ones((2, 3)), jnp.zeros((2, 3))))
+      1.5
+    """
+    apart = student - jax.lax.stop_gradient(teacher)
+    squares = apart * apart
+    if channels is not None:
+        squares = squares * jnp.expand_dims(channels, tuple(range(squares.ndim - 1)))
+    return jnp.mean(jnp.sum(squares.reshape(len(squares), -1), axis=1)) / 2.0
+
+
+def symmetric_divergence(first: jax.Array, second: jax.Array) -> jax.Array:
+    """``mean_i KL(p_i || q_i) + KL(q_i || p_i)`` of two sets of logits (B, C), with gradients to both.
+
+    R3F (Aghajanyan et al. 2021, arXiv:2008.03156) takes it between an input and the same with noise on its embeddings.
+
+    Example:
+      >>> z = jnp.array([[1.0, 2.0]])
+      >>> float(symmetric_divergence(z, z))
+      0.0
+    """
+    p, q = jax.nn.log_softmax(first, axis=-1), jax.nn.log_softmax(second, axis=-1)
+    return jnp.mean(jnp.sum((jnp.exp(p) - jnp.exp(q)) * (p - q), axis=-1))
+
+
+def class_relation(probabilities: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """``p(source class | target class)``: the mean of the source's predictions over a class's examples (Co-Tuning).
+
+    You et al. 2020, "Co-tuning for transfer learning", by direct averaging. Frozen before training.
+
+    Args:
+      probabilities: (N, Z), of the source's own classes on the target's training data.
+      labels: (N,) of the target.
+      classes: C.
+
+    Returns:
+      (C, Z).
+
+    Raises:
+      ValueError: a class without examples.
+
+    Example:
+      >>> class_relation(np.array([[0.9, 0.1], [0.7, 0.3], [0.0, 1.0]]), np.array([0, 0, 1]), 2).round(2).tolist()
+      [[0.8, 0.2], [0.0, 1.0]]
+    """
+    counts = np.bincount(labels, minlength=classes)
+    if counts.min() == 0:
+        raise ValueError(f"class_relation: class {int(counts.argmin())} of {classes} has no example")
+    return np.stack([probabilities[labels == c].mean(axis=0) for c in range(classes)])
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """``-mean_i sum_z t_iz log softmax(z_i)_z``, targets without gradient: Co-Tuning's second term.
+
+    Args:
+      logits: (B, Z).
+      targets: (B, Z) probabilities, such as ``relation[labels]``.
+    """
+    return -jnp.mean(jnp.sum(jax.lax.stop_gradient(targets) * jax.nn.log_softmax(logits, axis=-1), axis=-1))
