@@ -1,6 +1,7 @@
 """Objectives: what a step minimises, as functions of a `View`; and what they are made of, as functions of arrays."""
 
 from jaxtransfer.objectives import adversarial as adversarial
+from jaxtransfer.objectives import continual as continual
 from jaxtransfer.objectives import discrepancy as discrepancy
 from jaxtransfer.objectives import distillation as distillation
 from jaxtransfer.objectives import regularisers as regularisers
