@@ -12,11 +12,11 @@ HIDDEN, LAYERS, HEADS, INNER, VOCABULARY = 384, 6, 12, 1536, 30522
 BATCH, LENGTH = 16, 128
 
 
-def source(layers=LAYERS, vocabulary=VOCABULARY):
+def source(layers=LAYERS, vocabulary=VOCABULARY, **config):
     """BERT-L6-H384 under a two-class head, at random."""
     raw = {
         "model_type": "bert", "vocab_size": vocabulary, "hidden_size": HIDDEN, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "intermediate_size": INNER,
+        "num_attention_heads": HEADS, "intermediate_size": INNER, **config,
     }  # fmt: skip
     model = family("bert").build(raw, None)
     bare = Source(model, init(model, jax.random.key(0)), Lineage("memory", ""), {"config": raw})
@@ -43,7 +43,12 @@ def recipe(case, model):
 
 def ours(case, src, *, remat=None):
     """The library's state, frozen part and step for a case."""
-    labels = groups.labels_of(src.model, recipe(case, src.model), src.params)
+    return started(src, recipe(case, src.model), remat=remat)
+
+
+def started(src, rules, *, remat=None):
+    """The library's state, frozen part and step where ``rules`` say what trains; the labels and the optimizer."""
+    labels = groups.labels_of(src.model, rules, src.params)
     used = sorted(set(jax.tree.leaves(labels)) - {"frozen"})
     tx = optim.optimizer(labels, {name: optim.Group(lr=1e-4) for name in used}, clip=1.0)
     state, frozen = init_state(src.model, src.params, labels, tx, jax.random.key(2))

@@ -1,5 +1,9 @@
 """Loading against reading the same bytes, and host memory against the bytes: `python benchmarks/load.py [--layers 12]`.
 
+`--processes 2 [--layers 68]` measures the memory of several processes instead (68 layers: 2.02 GB in files of 500 MB):
+each has its share of 8 simulated devices, over which the parameters are split fsdp x tensor, and reads what they hold.
+Goal of each: at most 1.25 x its own bytes and one stack of its layers' shards.
+
 A BERT of random weights (12 layers: 438 MB) is written to a temporary folder and loaded in fresh processes, onto one
 device and onto 8 simulated ones (sharded fsdp x tensor). Every ratio is of times taken in one process:
 
@@ -17,6 +21,8 @@ import gc
 import hashlib
 import json
 import os
+import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +32,7 @@ import time
 from pathlib import Path
 
 GOAL = 1.25
+DEVICES = 8
 
 
 def rss_anon():
@@ -109,7 +116,78 @@ def measure(folder, devices, repeats):
     print(json.dumps(found))
 
 
-def write_checkpoint(folder, layers):
+def measure_one_of_several(folder):
+    """Runs in each of several processes, which join; prints one line of JSON."""
+    import jax
+
+    from jaxtransfer import parallel
+    from jaxtransfer.models.registry import family
+    from jaxtransfer.parallel import distributed, fsdp, make_mesh
+    from jaxtransfer.source import load
+    from jaxtransfer.tree import flatten
+
+    parallel.join()
+    mesh = make_mesh(fsdp=DEVICES // 2, tensor=2)
+
+    def sharding(model, params):
+        return (*family("bert").tensor_rules, *fsdp(params, mesh))
+
+    def own(leaf):
+        return sum(shard.data.nbytes for shard in leaf.addressable_shards)
+
+    def work():
+        found.clear()
+        found.update(flatten(load(folder, mesh=mesh, sharding=sharding).params))
+        jax.block_until_ready(found)
+
+    found, memory = {}, {}
+    distributed.put(0.0 * jax.numpy.arange(8), jax.NamedSharding(mesh, jax.P("fsdp")))
+    distributed.gathered("begin", "")
+    base = rss_anon()
+    for path in folder.glob("*.safetensors"):
+        drop_cache(path)
+    for when in ("first", "again"):
+        seconds, peak = timed(work)
+        memory[when] = peak - base
+        stacks = {}
+        for path, leaf in found.items():
+            kind = re.sub(r"/\d+/", "/*/", path)
+            stacks[kind] = stacks.get(kind, 0) + own(leaf)
+        held = sum(stacks.values())
+        distributed.gathered("loaded", "")
+        found.clear()
+    print("\n" + json.dumps({"held": held, "stack": max(stacks.values()), "memory": memory, "seconds": seconds}))
+
+
+def several(folder, count):
+    """Starts the processes and tells of each its memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for index in range(count):
+        where = {"JAXTRANSFER_COORDINATOR": address, "JAXTRANSFER_PROCESSES": str(count)}
+        own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // count), "JAXTRANSFER_PROCESS": str(index)}
+        command = [sys.executable, __file__, "--measure", folder, "0"]
+        environment = {**os.environ, "XLA_FLAGS": "", **where, **own}
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    print(f"\n{count} processes of {DEVICES // count} devices: files of {size / 1e6:.0f} MB")
+    for index, process in enumerate(started):
+        output, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"process {index} ended with {process.returncode}")
+        found = json.loads(output.splitlines()[-1])
+        bound = GOAL * found["held"] + found["stack"]
+        told = f"{found['held'] / 1e6:.0f} MB of its own, the largest stack {found['stack'] / 1e6:.0f} MB"
+        print(f"  process {index}: {told}, loaded again in {found['seconds']:.1f} s")
+        for when, peak in found["memory"].items():
+            told = f"{peak / 1e6:.0f} MB = {peak / found['held']:.2f} x its own"
+            print(f"    peak anonymous memory, {when}: {told} (goal {bound / 1e6:.0f}: ", end="")
+            print("met)" if peak <= bound else "MISSED)")
+
+
+def write_checkpoint(folder, layers, shard_bytes):
     """A random BERT in Hugging Face layout."""
     import numpy as np
 
@@ -129,7 +207,7 @@ def write_checkpoint(folder, layers):
     tensors = {
         name: turn(rng.standard_normal(shapes[path].shape, dtype=np.float32), how) for path, (name, how) in rows.items()
     }
-    write_folder(folder, tensors, {"format": "pt"})
+    write_folder(folder, tensors, {"format": "pt"}, shard_bytes=shard_bytes)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -149,15 +227,21 @@ def report(devices, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, help="by default 12; of several processes 68")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "DEVICES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.measure and arguments.measure[1] == "0":
+        return measure_one_of_several(Path(arguments.measure[0]))
     if arguments.measure:
         return measure(Path(arguments.measure[0]), int(arguments.measure[1]), arguments.repeats)
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), arguments.layers)
-        for devices in (1, 8):
+        if arguments.processes > 1:
+            write_checkpoint(Path(folder), arguments.layers or 68, 500_000_000)
+            return several(folder, arguments.processes)
+        write_checkpoint(Path(folder), arguments.layers or 12, 5_000_000_000)
+        for devices in (1, DEVICES):
             flags = f"--xla_force_host_platform_device_count={devices}"
             command = [sys.executable, __file__, "--repeats", str(arguments.repeats), "--measure", folder, str(devices)]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxtransfer.parallel.agreement import Agreement
 from jaxtransfer.step import Step
 from jaxtransfer.tree.paths import Params
 from jaxtransfer.types import State
@@ -95,11 +96,13 @@ class Stop:
     """A context in which SIGTERM and SIGINT ask for a stop instead of killing.
 
     A second signal leaves at once, without saving; a third kills. ``Stop.signum`` is the signal that came, or None.
+    Of several processes that run together all stop at the same batch, whichever of them was asked to.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)):
         self.signum: int | None = None
         self._signals, self._old = signals, {}
+        self._agreed = Agreement("stop")
 
     def __enter__(self) -> "Stop":
         self._old = {number: signal.signal(number, self._handle) for number in self._signals}
@@ -116,10 +119,14 @@ class Stop:
             raise SystemExit(128 + signum)
         self.signum = signum
 
+    def due(self) -> int | None:
+        """The signal on which to stop now, or None; asked once a batch, by every process."""
+        return self._agreed(self.signum)
+
     def check(self) -> None:
-        """Raises :class:`Interrupted` if a signal came: for long work that the loop calls, such as an evaluation."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        """Raises :class:`Interrupted` if it is time to stop: for long work that the loop calls, as an evaluation."""
+        if (signum := self.due()) is not None:
+            raise Interrupted(signum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,11 +233,12 @@ class _Loop:
         self.clock = time.perf_counter()
         while now.batch < self.steps and not exhausted:
             state = self._advance(state)
+            if (signum := self.stop.due()) is not None:
+                self._land(state)
+                self._save(state)
+                raise Interrupted(signum)
             if self.flying is not None:
                 continue
-            if self.stop.signum is not None:
-                self._save(state)
-                raise Interrupted(self.stop.signum)
             if self._due(now.batch):
                 exhausted = self._evaluation(state)
             elif self._due_to_save(now.batch):
@@ -249,7 +257,7 @@ class _Loop:
         self._land(state)
         self.flying = (metrics, batch)
         at = self.progress.batch + 1
-        needed = at == self.steps or self._due(at) or self._due_to_save(at) or self.stop.signum is not None
+        needed = at == self.steps or self._due(at) or self._due_to_save(at)
         if needed or self.progress.in_a_row or self.max_rejected == 1:
             self._land(state)
         return state

@@ -16,8 +16,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtransfer.adapt.groups import FROZEN, STATS
 from jaxtransfer.adapt.heads import check_tied
 from jaxtransfer.models.api import apply, layout_of
+from jaxtransfer.models.projection import PROJECTION
 from jaxtransfer.optim import master
-from jaxtransfer.parallel import BATCH_AXES, gather, shardings, state_shardings
+from jaxtransfer.parallel import (
+    BATCH_AXES,
+    SEQUENCE,
+    ShardingError,
+    check_sequence,
+    gather,
+    parts,
+    put,
+    shardings,
+    state_shardings,
+)
 from jaxtransfer.tree.diff import TreeError
 from jaxtransfer.tree.partition import combine, partition
 from jaxtransfer.tree.paths import Params, flatten, map_with_path
@@ -57,6 +68,7 @@ def init_state(
 
     Raises:
       ValueError: nothing trains, an integer leaf would, or a tied head would over a frozen embedding.
+      ShardingError: the rules do not fit the mesh, or tokens would be split of a model without attention.
       TreeError: labels and parameters differ in structure.
     """
     by_path = flatten(labels)
@@ -68,8 +80,10 @@ def init_state(
         if by_path[path] not in (FROZEN, STATS) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"{path} is {leaf.dtype} and cannot train; label it 'frozen' or 'stats'")
     check_tied(model, by_path)
+    if mesh is not None:
+        check_sequence(mesh, model, params)
     laid = stack(params, layout_of(model, params, labels))
-    laid = jax.tree.map(jnp.asarray, laid) if mesh is None else jax.device_put(laid, shardings(laid, mesh, sharding))
+    laid = jax.tree.map(jnp.asarray, laid) if mesh is None else put(laid, shardings(laid, mesh, sharding))
 
     def kind(path: str) -> str:
         return by_path[layers_of(path)[0]]
@@ -83,7 +97,7 @@ def init_state(
         where = jax.tree.map(lambda x: x.sharding, trained)
         abstract = jax.eval_shape(tx.init, trained)
         init = jax.jit(tx.init, out_shardings=state_shardings(abstract, trained, where, mesh))
-        step, key = jax.device_put((step, key), NamedSharding(mesh, P()))
+        step, key = put((step, key), NamedSharding(mesh, P()))
     return State(step, trained, stats, init(trained), jnp.copy(key), {}), frozen_leaves
 
 
@@ -150,7 +164,7 @@ def make_step(
         outputs = apply(
             model, held(_gathered(params, mesh, sharding), frozen), batch,
             train=training_stages(model, trained, frozen), key=key, remat=remat, dtype=precision,
-            constrain=_constraint(mesh),
+            constrain=_constraint(mesh), also=(PROJECTION,),
         )  # fmt: skip
         loss, metrics = objective(View(params, outputs, batch, key, step))
         return loss.astype(jnp.float32), (metrics, _merge(stats, outputs.get("stats", {})))
@@ -232,10 +246,22 @@ def _merge(stats: Params, new: Params) -> Params:
 
 
 def _constraint(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array] | None:
-    """Activations are split by rows over the batch axes."""
+    """Activations are split by rows over the batch axes, and by tokens, (B, T, ...), over the sequence axis."""
     if mesh is None:
         return None
-    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+    cut = parts(mesh, SEQUENCE)
+
+    def constrain(x: jax.Array) -> jax.Array:
+        if cut == 1 or x.ndim < 3:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+        if x.shape[1] % cut:
+            raise ShardingError(
+                f"mesh: sequence = {cut} does not divide activations of {x.shape[1]} positions, {x.shape}; take "
+                "lengths that it divides, or a mesh without this axis"
+            )
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES, SEQUENCE)))
+
+    return constrain
 
 
 def _gathered(params: Params, mesh: Mesh | None, rules: Rules) -> Params:
@@ -249,14 +275,16 @@ def _pin(tree: Params, mesh: Mesh | None, rules: Rules) -> Params:
 
 def _pin_state(state: State, mesh: Mesh | None, rules: Rules) -> State:
     """A state sharded as `init_state` made it, or the next step would be compiled anew and could not reuse buffers."""
-    if mesh is None:
-        return state
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, places(state, mesh, rules))
+
+
+def places(state: State, mesh: Mesh, rules: Rules) -> Any:
+    """The sharding of every leaf of a state, concrete or abstract, as `init_state` makes it and a step keeps it."""
     params, stats = (_where(tree, mesh, rules) for tree in (state.params, state.stats))
     everywhere = NamedSharding(mesh, P())
     moments = state_shardings(state.opt_state, state.params, params, mesh)
     terms = jax.tree.map(lambda _: everywhere, state.terms)
-    places = State(everywhere, params, stats, moments, everywhere, terms)  # type: ignore[arg-type]
-    return jax.lax.with_sharding_constraint(state, places)
+    return State(everywhere, params, stats, moments, everywhere, terms)  # type: ignore[arg-type]
 
 
 def _where(tree: Params, mesh: Mesh, rules: Rules) -> Any:
@@ -282,7 +310,8 @@ def make_eval(
 
     def evaluate(state: State, frozen: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         params = _gathered(whole(state, frozen), mesh, sharding)
-        found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh))
+        also = (PROJECTION,) if callable(outputs) else ()
+        found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh), also=also)
         picked = dict(outputs(found, batch)) if callable(outputs) else _picked(found, outputs)
         return picked if mesh is None else jax.lax.with_sharding_constraint(picked, NamedSharding(mesh, P()))
 

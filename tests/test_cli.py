@@ -44,7 +44,7 @@ def job(monkeypatch):
 
         return call
 
-    names = ("run", "resume", "explain", "inspect", "evaluate", "predict", "complete", "export")
+    names = ("run", "resume", "explain", "inspect", "evaluate", "predict", "complete", "export", "merge")
     room = SimpleNamespace(**{name: answer(name) for name in names}, task_of=lambda folder: result.task)
     monkeypatch.setattr(commands, "_job", lambda: room)
     return SimpleNamespace(calls=calls, result=result)
@@ -75,6 +75,9 @@ CALLS = {
     "inspect a/b --rules CONFIG": ("inspect", ("a/b",), {"rules": (("a", "b"),), "revision": None}),
     "export runs/x": ("export", (Path("runs/x"), None), {"format": "hf"}),
     "export runs/x --to y --format orbax": ("export", (Path("runs/x"), Path("y")), {"format": "orbax"}),
+    "export runs/x --format peft": ("export", (Path("runs/x"), None), {"format": "peft"}),
+    "merge runs/x": ("merge", (Path("runs/x"), None), {"dequantize": False}),
+    "merge runs/x --to y --dequantize": ("merge", (Path("runs/x"), Path("y")), {"dequantize": True}),
     "--debug evaluate runs/x": ("evaluate", (Path("runs/x"),), {"data": None}),
     "evaluate runs/x --debug": ("evaluate", (Path("runs/x"),), {"data": None}),
 }
@@ -245,6 +248,7 @@ def test_every_error_of_the_package_has_a_code_or_a_reason():
         "RecordError": "a record that the package wrote",
         "ReportError": "an OSError: the disk",
         "ForeignError": "for models handed over in Python",
+        "ScoreError": "for features handed over in Python",
     }
     found = {
         node.name

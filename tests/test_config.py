@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtransfer import config
-from jaxtransfer.config import ConfigError, document, optimizers, schema
+from jaxtransfer.config import ConfigError, adapters, document, optimizers, schema
 from jaxtransfer.config.secrets import redact
 from jaxtransfer.data.augment import Augment
 from jaxtransfer.data.sources import DataSpec
 from jaxtransfer.optim import OPTIMIZERS, Group
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "launch"]
 
 BASE = """\
 source: {ref: some/model}
@@ -176,7 +176,7 @@ WRONG = {
     "pair": ("adapt.rules: [[a]]", "adapt.rules[0]: expected [text, text], got ['a']"),
     "literal": (
         "adapt.train: heads",
-        "adapt.train: expected one of full, head, last, rules, got 'heads'; did you mean",
+        "adapt.train: expected one of full, head, last, rules, adapters, lora_plus, biases, norms, got 'heads'; did",
     ),
     "literal's type": ("run.remat: true", "run.remat: expected one of full, dots, got True"),
     "optimizer": ("optimizer.name: adam", "optimizer.name: expected one of adamw, sgd"),
@@ -234,6 +234,34 @@ WRONG = {
     "last unread": ("adapt.last: 2", "adapt.last: is only read with train: last, got train: full"),
     "last missing": ("adapt.train: last", "adapt.last: is needed with train: last"),
     "rules unread": ("adapt.rules: [[a, b]]", "adapt.rules: is only read with train: rules"),
+    "no method": ("adapt.adapters: [{rank: 4}]", "adapt.adapters[0].method: missing; expected one of lora, dora, ia3"),
+    "no such method": ("adapt.adapters: [{method: lor}]", "adapt.adapters[0].method: expected one of lora, dora"),
+    "other method's option": (
+        "adapt.adapters: [{method: lora}, {method: ia3, rank: 4}]",
+        "adapt.adapters[1].rank: is not read by ia3, but by lora and dora and vera",
+    ),
+    "no method's option": (
+        "adapt.adapters: [{method: dora, rnak: 4}]",
+        "adapt.adapters[0].rnak: unknown key; did you mean 'rank'?",
+    ),
+    "rank": ("adapt.adapters: [{method: lora, rank: 0}]", "adapt.adapters[0].rank: must be at least 1, got 0"),
+    "alpha": ("adapt.adapters: [{method: dora, alpha: 0}]", "adapt.adapters[0].alpha: must be positive or null, got 0"),
+    "dropout": ("adapt.adapters: [{method: vera, dropout: 1}]", "adapt.adapters[0].dropout: must be in [0, 1), got 1"),
+    "places": (
+        "adapt.adapters: [{method: bottleneck, where: []}]",
+        "adapt.adapters[0].where: must be one or more different places, got []",
+    ),
+    "place": (
+        "adapt.adapters: [{method: bottleneck, where: [head]}]",
+        "adapt.adapters[0].where[0]: expected one of attention, mlp, got 'head'",
+    ),
+    "length": ("adapt.adapters: [{method: prompt, length: 0}]", "adapt.adapters[0].length: must be at least 1, got 0"),
+    "untrained adapters": (
+        "adapt.adapters: [{method: lora}]",
+        "adapt.adapters: are trained by train: adapters, lora_plus or rules, got train: full",
+    ),
+    "no adapters": ("adapt.train: adapters", "adapt.adapters: is needed with train: adapters"),
+    "quantisation": ("adapt.quantize: [[a, nf5]]", "adapt.quantize[0][1]: expected one of nf4, int8, got 'nf5'"),
     "mesh": ("mesh.fsdp: 0", "mesh.fsdp: must be at least 1, got 0"),
     "seeds": ("study.seeds: [1, 1]", "study.seeds: must be one or more different integers"),
     "budgets": ("study.budgets: [5, 5]", "study.budgets: must be increasing numbers of examples, got [5, 5]"),
@@ -332,6 +360,22 @@ def test_overrides_reach_every_depth(write):
     assert config.load(write(BASE), [("source.revision", "x"), ("source.revision", "null")]).source.revision is None
 
 
+def test_overrides_reach_into_lists(write, tmp_path):
+    path = write(BASE + "adapt: {train: adapters, adapters: [{method: lora}, {method: prompt}]}\n")
+    given = [("adapt.adapters.0.rank", "2"), ("adapt.adapters.0.targets", "1e-4"), ("adapt.adapters.1.length", "3")]
+    first, second = config.load(path, given).adapt.adapters
+    assert (first.rank, first.targets, second.length) == (2, "1e-4", 3)
+    for key, says in (
+        ("adapt.adapters.2.rank", r"--adapt.adapters.2.rank: adapt.adapters is \[.*, which has no item 2"),
+        ("adapt.adapters.rank", "which has no item rank"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            config.load(path, [(key, "1")])
+    with pytest.raises(ConfigError) as error:
+        config.load(path, [("adapt.adapters.1.rank", "2")])
+    assert message(error, tmp_path).startswith("command line: --adapt.adapters[1].rank: is not read by prompt, but by")
+
+
 def test_an_override_of_a_value_as_if_it_had_keys(write):
     with pytest.raises(ConfigError, match=r"--optimizer.lr.x: optimizer.lr is 0.0001, which has no keys"):
         config.load(write(BASE), [("optimizer.lr.x", "1")])
@@ -370,6 +414,18 @@ CROSSED = {
     "nothing to forget": (
         {"source": {"ref": "a", "init": "scratch"}, "data": {"train": {"path": "x"}, "retain": {"path": "y"}}},
         "data.retain: needs a source with weights",
+    ),
+    "LoRA+ without LoRA": (
+        {"adapt": {"train": "lora_plus", "adapters": [{"method": "ia3"}]}},
+        "adapt.train: lora_plus gives the b of lora and dora a rate of its own, got ia3",
+    ),
+    "adapters on nothing": (
+        {"source": {"ref": "a", "init": "scratch"}, "adapt": {"train": "adapters", "adapters": [{"method": "lora"}]}},
+        "adapt.adapters: needs a source with weights, source.init",
+    ),
+    "nothing packed": (
+        {"source": {"ref": "a", "init": "scratch"}, "adapt": {"quantize": [[".*", "int8"]]}},
+        "adapt.quantize: needs a source with weights",
     ),
     "scratch twice": ({"source": {"ref": "a", "init": "scratch"}, "pretrain": PART}, "pretrain: needs a source with"),
     "retain before": (
@@ -473,6 +529,8 @@ SPECIAL = {
     (schema.AdaptConfig, "train"): st.just("full"),
     (schema.AdaptConfig, "last"): none,
     (schema.AdaptConfig, "rules"): st.just([]),
+    (schema.AdaptConfig, "adapters"): st.just([]),
+    (adapters.BottleneckConfig, "where"): st.just(["mlp"]),
     (schema.StudyConfig, "seeds"): st.lists(st.integers(0, 9), min_size=1, unique=True),
     (schema.RunConfig, "steps"): none,
     (schema.RunConfig, "epochs"): st.integers(1, 9),
@@ -490,10 +548,21 @@ SPECIAL = {
 }
 
 
+ADAPTED = st.fixed_dictionaries(
+    {
+        "train": st.sampled_from(["adapters", "rules"]),
+        "adapters": st.lists(strategy(adapters.AdapterConfig), min_size=1, max_size=3),
+        "quantize": strategy(tuple[tuple[str, adapters.Quantization], ...]),
+    }
+).map(lambda raw: {**raw, **({"rules": [[".*", "trunk"]]} if raw["train"] == "rules" else {})})
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(raw=strategy(config.Config), epochs=st.integers(1, 9))
-def test_dump_and_load_round_trip(raw, epochs, tmp_path_factory):
+@given(raw=strategy(config.Config), epochs=st.integers(1, 9), adapted=none | ADAPTED)
+def test_dump_and_load_round_trip(raw, epochs, adapted, tmp_path_factory):
     raw["run"] = {**raw["run"], "epochs": epochs}
+    if adapted is not None:
+        raw["adapt"] = adapted
     kind = raw.get("task", {}).get("kind")
     if kind == "image-classification":
         raw["data"].pop("buckets", None)
@@ -510,8 +579,10 @@ def test_dump_and_load_round_trip(raw, epochs, tmp_path_factory):
 def test_recipes_are_read(path):
     found = config.load(path)
     assert found.out == f"runs/{path.stem}"
-    assert f"jaxtransfer run {path.relative_to(ROOT)}" in path.read_text(encoding="utf-8")
-    if found.task.kind == "text-classification":  # the variant on frozen features that the recipes' heads describe
+    command = "plan" if path.parent.name == "pods" else "run"
+    assert f"jaxtransfer {command} {path.relative_to(ROOT)}" in path.read_text(encoding="utf-8")
+    # The variant on frozen features that the recipes' heads describe.
+    if found.task.kind == "text-classification" and not found.adapt.adapters:
         frozen = config.load(path, [("adapt.train", "head"), ("task.pooling", "mean"), ("optimizer.lr", "3e-3")])
         assert (frozen.adapt.train, frozen.task.pooling) == ("head", "mean")
 

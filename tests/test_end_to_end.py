@@ -206,7 +206,7 @@ def test_the_recipe_of_x_rays_fits_its_weights_and_its_images(data_root, monkeyp
     monkeypatch.setenv("JAXTRANSFER_DATA", str(data_root))
     monkeypatch.chdir(ROOT)
     assert cli.main(["explain", str(ROOT / "configs" / "pneumonia.yaml")]) == 0
-    rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()}
+    rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines() if line}
     assert (rows["head"], rows["trunk"], rows["stats"][0]) == (["2", "130"], ["57", "269,072"], "57")
 
 

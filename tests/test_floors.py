@@ -28,7 +28,6 @@ FLOORS = {
     "data": 3,
     "optim": 3,
     "generation": 3,
-    "scores": 3,
     "source": 4,
     "step": 4,
     "tasks": 4,

@@ -42,6 +42,10 @@ class Adapter(Weight):
         """The dtype of the base."""
         return self.base.dtype
 
+    def merged_bias(self, bias: Any) -> Any:
+        """The bias beside the merged weight: what adapters further in make of it."""
+        return self.base.merged_bias(bias) if isinstance(self.base, Adapter) else bias
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,8 @@ class LoRA(Adapter):
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """Rows ``W[i] + s a[i] b``."""
-        low = weights.linear(weights.take(self.a, ids, dtype), self.b)
-        return weights.take(self.base, ids, dtype) + low * self.scale.astype(dtype)
+        low = weights.take(self.a, ids, dtype) * self.scale.astype(dtype)
+        return weights.take(self.base, ids, dtype) + weights.linear(low, self.b)
 
     def transpose(self) -> Weight:
         """``W^T + s b^T a^T``: a tied head reads the adapted embedding."""
@@ -100,8 +104,10 @@ class LoRA(Adapter):
         """``x * W + bias + s (dropout(x) * a) b``: ``a`` moves as W does, ``b`` acts on each position."""
         inner, own = split(key, 2)
         y = weights.conv(x, self.base, bias, inner, how)
-        low = weights.linear(weights.conv(dropout(x, self.rate, own), self.a, how=how), self.b)
-        return y + low * self.scale.astype(x.dtype)
+        return y + self._low_conv(dropout(x, self.rate, own), how)
+
+    def _low_conv(self, x: jax.Array, how: Window) -> jax.Array:
+        return weights.linear(weights.conv(x, self.a, how=how) * self.scale.astype(x.dtype), self.b)
 
     def specs(self, axes: Sequence[Any]) -> Mapping[str, P]:
         """``a`` is split as W's inputs are, ``b`` as its outputs."""
@@ -147,7 +153,7 @@ class DoRA(LoRA):
         inner, own = split(key, 2)
         return self._scaled(
             x, bias, own, lambda x: weights.conv(x, self.base, None, inner, how),
-            lambda x: weights.linear(weights.conv(x, self.a, how=how), self.b) * self.scale.astype(x.dtype),
+            lambda x: self._low_conv(x, how),
         )  # fmt: skip
 
     def _scaled(self, x: jax.Array, bias: Any, key: jax.Array | None, base: Any, low: Any) -> jax.Array:
@@ -158,6 +164,7 @@ class DoRA(LoRA):
         else:
             dropped = dropout(x, self.rate, key)
             y = y + (g - 1) * base(dropped) + g * low(dropped)
+        bias = self.merged_bias(bias)
         return y if bias is None else y + row(bias, y)
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
@@ -213,6 +220,7 @@ class IA3(Adapter):
 
     def merged_bias(self, bias: Any) -> Any:
         """Gains on the output scale the bias too."""
+        bias = super().merged_bias(bias)
         return bias if bias is None or self.on == "input" else (bias * self.gain.astype(bias.dtype))
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
@@ -231,14 +239,19 @@ def _trailing(x: Any, like: Any) -> tuple[int, ...]:
 
 
 def low_rank(x: jax.Array, a: Any, b: Any, scale: Any) -> jax.Array:
-    """``s (x a) b``; where ``a`` is (B, in, r) row i of the batch has adapters of its own, and ``s`` is (B,)."""
+    """``(s x a) b``; where ``a`` is (B, in, r) row i of the batch has adapters of its own, and ``s`` is (B,).
+
+    The scale acts where there are r numbers a token: on the product it would cost a pass over the layer's output, and
+    another one over its gradient.
+    """
     if a.ndim == 2:
-        return weights.linear(weights.linear(x, a), b) * scale.astype(x.dtype)
+        return weights.linear(weights.linear(x, a) * scale.astype(x.dtype), b)
     if a.shape[0] != x.shape[0]:
         raise ValueError(f"a batch of {x.shape[0]} rows has adapters selected for {a.shape[0]}")
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    y = jnp.einsum("btr,bro->bto", jnp.einsum("bti,bir->btr", flat, a.astype(x.dtype)), b.astype(x.dtype))
-    return (y * scale.astype(x.dtype)[:, None, None]).reshape(*x.shape[:-1], y.shape[-1])
+    low = jnp.einsum("bti,bir->btr", flat, a.astype(x.dtype)) * scale.astype(x.dtype)[:, None, None]
+    y = jnp.einsum("btr,bro->bto", low, b.astype(x.dtype))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def column_norm(base: Any, a: Any, b: Any, scale: Any) -> jax.Array:

@@ -1,20 +1,23 @@
-"""`attach`, `merge`, `unmerge`, `select`: adapters put on the leaves that rules choose, and taken off again."""
+"""`attach`, `merge`, `unmerge`: adapters put on the leaves that rules choose, and taken off again."""
 
 import dataclasses
+import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxtransfer.adapt.adapter_types import IA3, NAME, Adapter, LoRA
+from jaxtransfer.adapt.adapter_types import NAME, Adapter
 from jaxtransfer.adapt.adapters import AdapterError as AdapterError
 from jaxtransfer.adapt.adapters import Make as Make
 from jaxtransfer.adapt.adapters import dora as dora
 from jaxtransfer.adapt.adapters import ia3 as ia3
 from jaxtransfer.adapt.adapters import lora as lora
 from jaxtransfer.adapt.adapters import vera as vera
+from jaxtransfer.adapt.pooling import pool as pool
+from jaxtransfer.adapt.pooling import select as select
 from jaxtransfer.adapt.quantized import Quantized
 from jaxtransfer.adapt.vera import VeRA, draw
 from jaxtransfer.tree import fingerprint, weights
@@ -35,17 +38,22 @@ def attach(source: Source, rules: Rules, key: jax.Array, *, name: str = NAME) ->
 
     Raises:
       RuleError: a rule matches nothing, or never wins.
-      AdapterError: a leaf cannot take its adapter, or has one of that name.
+      AdapterError: no leaf is chosen, one cannot take its adapter, or has one of that name.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from jaxtransfer.types import Lineage, Model
       >>> source = Source(Model("foreign", None, (), {}), {"out": {"kernel": jnp.ones((4, 3))}}, Lineage("memory", ""))
       >>> attach(source, [("out/kernel", lora(2))], jax.random.key(0)).params["out"]["kernel"].a.shape
       (4, 2)
     """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise AdapterError(f"attach: an adapter's name is letters, digits, '_' and '-', got {name!r}")
     flat = flatten(source.params, is_leaf=is_weight)
     makes: Mapping[str, Make | None] = match_paths(rules, list(flat), default=None)
     chosen = {path: make for path, make in makes.items() if make is not None}
+    if not chosen:
+        raise AdapterError("attach: the rules choose no leaf; give one a maker, such as ('.*/query/kernel', lora(8))")
     for path, make in chosen.items():
         if name in names_of(flat[path]):
             raise AdapterError(
@@ -112,6 +120,10 @@ class Merged(Weight):
         """The merged weight."""
         return self.value
 
+    def specs(self, axes: Sequence[Any]) -> Mapping[str, P]:
+        """The merged weight is split as the weight is; what is kept as its own types say."""
+        return {"value": P(*axes), "kept": P(*axes), "bias": P(axes[-1])}
+
 
 def merge(source: Source, *, keep: bool = False, dequantize: bool = False) -> Source:
     """Folds adapters into their bases: one array a weight, as `export` wants it.
@@ -138,7 +150,7 @@ def merge(source: Source, *, keep: bool = False, dequantize: bool = False) -> So
         beside = path.rpartition("/")[0] + "/bias"
         bias = flat.get(beside)
         whole = weights.with_shared(node, source.params.get(SHARED, {}))
-        value, new = weights.materialize(whole), _merged_bias(node, bias)
+        value, new = weights.materialize(whole), node.merged_bias(bias) if isinstance(node, Adapter) else bias
         flat[path] = Merged(value, node, bias if new is not bias else None) if keep else value
         if new is not bias:
             flat[beside] = new
@@ -166,54 +178,6 @@ def unmerge(source: Source) -> Source:
 
 def _bottom(node: Any) -> Any:
     return _bottom(node.base) if isinstance(node, Adapter) else node
-
-
-def _merged_bias(node: Any, bias: Any) -> Any:
-    if not isinstance(node, Adapter):
-        return bias
-    inner = _merged_bias(node.base, bias)
-    return node.merged_bias(inner) if isinstance(node, IA3) else inner
-
-
-def pool(trees: Mapping[str, Params]) -> Params:
-    """Several adaptations of one model as one tree: its LoRA parts with a leading axis, one entry for each.
-
-    Args:
-      trees: name -> parameters, alike but for the parts of their LoRAs; all of one rank.
-
-    Raises:
-      AdapterError: they differ elsewhere.
-    """
-    named = list(trees)
-    flats = [flatten(trees[name], is_leaf=is_weight) for name in named]
-    out = {}
-    for path, first in flats[0].items():
-        nodes = [flat.get(path) for flat in flats]
-        if type(first) is LoRA and all(type(node) is LoRA for node in nodes):
-            out[path] = dataclasses.replace(
-                first, **{part: jnp.stack([getattr(node, part) for node in nodes]) for part in ("a", "b", "scale")}
-            )
-        elif all(node is first for node in nodes):
-            out[path] = first
-        else:
-            raise AdapterError(f"{path}: differs between {named[0]!r} and another, and is no LoRA of one rank in both")
-    return unflatten(out)
-
-
-def select(params: Params, ids: jax.Array) -> Params:
-    """The adapters of each row of a batch, out of a `pool`: row i of the batch is run under adapter ``ids[i]``.
-
-    Args:
-      params: canonical, from `pool`.
-      ids: (B,) positions in the pool.
-    """
-
-    def pick(node: Any) -> Any:
-        if type(node) is not LoRA or node.scale.ndim == 0:
-            return node
-        return dataclasses.replace(node, a=node.a[ids], b=node.b[ids], scale=node.scale[ids])
-
-    return jax.tree.map(pick, params, is_leaf=is_weight)
 
 
 def _changed(source: Source, params: Params, note: str) -> Source:

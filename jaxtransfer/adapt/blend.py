@@ -1,4 +1,9 @@
-"""Weight algebra: interpolation, soups, task vectors, averages of models that share an ancestor."""
+"""Weight algebra: interpolation, soups, task vectors, averages of models that share an ancestor.
+
+Models under LoRA are blended as the weights that their adapters stand for, exactly and without forming them: a mean of
+products ``s a b`` is one product of the concatenated factors, so ranks add up. Over a quantised base that is the only
+way; elsewhere `merge` first gives one array a weight.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.adapt.adapter_types import LoRA
+from jaxtransfer.adapt.pooling import alike
 from jaxtransfer.tree.diff import diff
-from jaxtransfer.tree.paths import Params
-from jaxtransfer.tree.weights import is_weight
+from jaxtransfer.tree.paths import Params, flatten, unflatten
+from jaxtransfer.tree.weights import SHARED, is_weight
 from jaxtransfer.types import Source
 
 
@@ -29,13 +36,19 @@ def interpolate(first: Source, second: Source, alpha: float) -> Source:
       alpha: any number; outside [0, 1] it extrapolates.
 
     Raises:
-      BlendError: no common ancestor, or other structures.
+      BlendError: no common ancestor, other structures, or adapters that are no LoRA.
+
+    Example:
+      >>> from jaxtransfer.types import Lineage, Model
+      >>> model = lambda x: Source(Model("foreign", None, (), {}), {"w": jnp.full(2, x)}, Lineage("base", "7f3a"))
+      >>> interpolate(model(1.0), model(3.0), 0.25).params["w"]
+      Array([1.5, 1.5], dtype=float32)
     """
     check_related("interpolate", first, second)
     if alpha in (0, 1):
         params = (first, second)[int(alpha)].params
     else:
-        params = jax.tree.map(lambda a, b: _add(a, alpha, _minus(b, a)), first.params, second.params)
+        params = _mean("interpolate", (first, second), (1 - alpha, alpha))
     return _blended(first, params, f"interpolate({alpha:g})")
 
 
@@ -47,7 +60,8 @@ def soup(sources: Sequence[Source], weights: Sequence[float] | None = None) -> S
       weights: of each; None is uniform. They are divided by their sum.
 
     Raises:
-      BlendError: nothing to average, weights that do not sum to a positive number, no common ancestor.
+      BlendError: nothing to average, weights that do not sum to a positive number, no common ancestor, other
+        structures, or adapters that are no LoRA.
     """
     if not sources:
         raise BlendError("soup: no models to average")
@@ -58,14 +72,7 @@ def soup(sources: Sequence[Source], weights: Sequence[float] | None = None) -> S
         check_related("soup", sources[0], other)
     shares = [weight / sum(weights) for weight in weights]
 
-    def mean(first: Any, *others: Any) -> Any:
-        # Around the first: what does not differ stays as it is.
-        out = first
-        for share, other in zip(shares[1:], others, strict=True):
-            out = _add(out, share, _minus(other, first))
-        return out
-
-    params = jax.tree.map(mean, *(source.params for source in sources))
+    params = _mean("soup", sources, shares)
     return _blended(sources[0], params, f"soup({', '.join(f'{share:.3g}' for share in shares)})")
 
 
@@ -91,31 +98,59 @@ def greedy_soup(sources: Sequence[Source], score: Callable[[Source], float]) -> 
     return soup([sources[i] for i in taken]), tuple(taken)
 
 
-def task_vector(source: Source, ancestor: Source) -> Params:
-    """``source - ancestor``, in float32: what fine-tuning changed (Ilharco et al. 2023, arXiv:2212.04089).
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TaskVector:
+    """What a fine-tuning changed (Ilharco et al. 2023, arXiv:2212.04089).
+
+    Attributes:
+      delta: the difference by path, float32.
+      ancestor: the digest of the source that it is a difference from.
+    """
+
+    delta: Params
+    ancestor: str = dataclasses.field(metadata={"static": True})
+
+
+def task_vector(source: Source, ancestor: Source) -> TaskVector:
+    """``source - ancestor``, in float32.
 
     Raises:
-      BlendError: the ancestor is not one, or the structures differ (other heads).
+      BlendError: the ancestor is not one, the structures differ (other heads), or adapters are not merged.
     """
     check_related("task_vector", source, ancestor)
-    return jax.tree.map(_minus, source.params, ancestor.params)
+    _check_plain("task_vector", source, ancestor)
+    return TaskVector(jax.tree.map(_minus, source.params, ancestor.params), ancestor.lineage.digest)
 
 
-def add_vectors(ancestor: Source, vectors: Mapping[str, tuple[float, Params]]) -> Source:
+def add_vectors(ancestor: Source, vectors: Mapping[str, tuple[float, TaskVector]]) -> Source:
     """``ancestor + sum_i c_i v_i``: learning several tasks by addition, forgetting one by a negative coefficient.
 
     Args:
       ancestor: what the vectors are differences from.
-      vectors: name -> (coefficient, vector of `task_vector`).
+      vectors: name -> (coefficient, vector).
 
     Raises:
-      BlendError: a vector of another structure.
+      BlendError: a vector of another ancestor or structure, or adapters that are not merged.
+
+    Example:
+      >>> from jaxtransfer.types import Lineage, Model
+      >>> model = lambda x: Source(Model("foreign", None, (), {}), {"w": jnp.full(2, x)}, Lineage("base", "7f3a"))
+      >>> toxic = task_vector(model(3.0), model(1.0))
+      >>> add_vectors(model(1.0), {"toxic": (-0.5, toxic)}).params["w"]
+      Array([0., 0.], dtype=float32)
     """
+    _check_plain("add_vectors", ancestor)
     params = ancestor.params
     for name, (coefficient, vector) in vectors.items():
-        if found := diff(params, vector, dtypes=False):
+        if vector.ancestor != ancestor.lineage.digest:
+            raise BlendError(
+                f"add_vectors: {name!r} is a difference from another model, {vector.ancestor[:12]}; this is "
+                f"{ancestor.lineage.ref} ({ancestor.lineage.digest[:12]})"
+            )
+        if found := diff(params, vector.delta, dtypes=False):
             raise BlendError(f"add_vectors: {name!r} is no difference from this model: {found}")
-        params = jax.tree.map(lambda p, v, c=coefficient: _add(p, c, v), params, vector)
+        params = jax.tree.map(lambda p, v, c=coefficient: _add(p, c, v), params, vector.delta)
     names = ", ".join(f"{coefficient:g} {name}" for name, (coefficient, _) in vectors.items())
     return _blended(ancestor, params, f"add_vectors({names})")
 
@@ -125,11 +160,11 @@ def ema(average: Params, params: Params, decay: float) -> Params:
 
     Args:
       average: so far; start with the parameters themselves.
-      params: now, of the same structure (canonical or laid out).
+      params: now, of the same structure (canonical or laid out); adapters are averaged part by part.
       decay: in [0, 1).
 
     Raises:
-      BlendError: ``decay`` is out of range.
+      BlendError: ``decay`` is out of range, or the two are of other structures or shapes.
 
     Example:
       >>> ema({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.75)["w"]
@@ -137,6 +172,8 @@ def ema(average: Params, params: Params, decay: float) -> Params:
     """
     if not 0 <= decay < 1:
         raise BlendError(f"ema: decay must be in [0, 1), got {decay}")
+    if found := diff(average, params, dtypes=False):
+        raise BlendError(f"ema: the average is not of these parameters: {found}")
     return jax.tree.map(lambda a, p: _add(a, 1 - decay, _minus(p, a)) if _is_float(p) else p, average, params)
 
 
@@ -146,16 +183,67 @@ def check_related(what: str, first: Source, second: Source) -> None:
     Raises:
       BlendError: they are not.
     """
-    for source in (first, second):
-        if any(map(is_weight, jax.tree.leaves(source.params, is_leaf=is_weight))):
-            raise BlendError(f"{what}: {source.lineage.ref} holds adapters or quantised weights: merge them first")
-    if first.lineage.digest != second.lineage.digest:
+    a, b = first.lineage, second.lineage
+    if a.digest != b.digest or not a.digest:
         raise BlendError(
-            f"{what}: the models have no common ancestor: one comes from {first.lineage.ref} "
-            f"({first.lineage.digest[:12]}), the other from {second.lineage.ref} ({second.lineage.digest[:12]})"
+            f"{what}: the models have no common ancestor: one comes from {a.ref} ({a.digest[:12]}), the other from "
+            f"{b.ref} ({b.digest[:12]})"
         )
-    if found := diff(first.params, second.params, dtypes=False):
+    if found := diff(*(_shapes(source.params) for source in (first, second)), dtypes=False):
         raise BlendError(f"{what}: the models differ in structure: {found}")
+
+
+def _shapes(params: Params) -> dict[str, jax.ShapeDtypeStruct]:
+    """By path, what the weights stand for, adapted or not; what adapters share is no weight of the model."""
+    flat = flatten(params, is_leaf=is_weight)
+    kept = {path: leaf for path, leaf in flat.items() if not path.startswith(f"{SHARED}/")}
+    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in kept.items()}
+
+
+def _check_plain(what: str, *sources: Source) -> None:
+    for source in sources:
+        flat = flatten(source.params, is_leaf=is_weight)
+        if odd := [path for path, leaf in flat.items() if is_weight(leaf)]:
+            raise BlendError(
+                f"{what}: {odd[0]} of {source.lineage.ref} is {type(flat[odd[0]]).__name__}: merge them first"
+            )
+
+
+def _mean(what: str, sources: Sequence[Source], shares: Sequence[float]) -> Params:
+    """``sum_i share_i W_i`` of every weight, where the shares sum to one."""
+    flats = [flatten(source.params, is_leaf=is_weight) for source in sources]
+
+    def mean(path: str, first: Any, *others: Any) -> Any:
+        if any(map(is_weight, (first, *others))):
+            return _mean_of_adapted(f"{what}: {path}", (first, *others), shares)
+        # Around the first: what does not differ stays as it is.
+        out = first
+        for share, other in zip(shares[1:], others, strict=True):
+            out = _add(out, share, _minus(other, first))
+        return out
+
+    return unflatten({path: mean(path, *(flat[path] for flat in flats)) for path in flats[0]})
+
+
+def _mean_of_adapted(where: str, nodes: Sequence[Any], shares: Sequence[float]) -> Any:
+    """As the shares sum to one the base stays, and ``sum_i share_i s_i a_i b_i`` is one product of wider factors."""
+    first = nodes[0]
+    if alike(nodes):
+        return first
+    factors: list[tuple[float, LoRA]] = []
+    bases = []
+    for node, share in zip(nodes, shares, strict=True):
+        while type(node) is LoRA:
+            factors.append((share, node))
+            node = node.base
+        bases.append(node)
+    if not alike(bases):
+        kinds = sorted({type(base).__name__ if is_weight(base) else "an array" for base in bases})
+        raise BlendError(f"{where}: under LoRA lie different bases ({', '.join(kinds)}): merge the adapters first")
+    a = jnp.concatenate([node.a for _, node in factors], axis=-1)
+    b = jnp.concatenate([node.b * (node.scale * share) for share, node in factors], axis=0)
+    one = jnp.ones((), jnp.float32)
+    return dataclasses.replace(factors[0][1], base=bases[0], a=a, b=b, scale=one)
 
 
 def _is_float(x: Any) -> bool:

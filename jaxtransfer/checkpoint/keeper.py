@@ -20,6 +20,7 @@ from jaxtransfer.checkpoint.manifest import (
     verify,
 )
 from jaxtransfer.checkpoint.reading import restore
+from jaxtransfer.parallel import distributed
 from jaxtransfer.source.writer import fsync
 from jaxtransfer.tree.rules import Rules
 from jaxtransfer.types import Lineage, State
@@ -29,6 +30,7 @@ class Checkpointer:
     """Saves a run's steps under ``root/<step>``, and keeps the last ``keep`` and the best.
 
     Use it as a context manager: leaving it waits for the save under way. It does not lock the folder; see `RunLock`.
+    With several processes all make the same calls; the first decides what is there, and what goes.
 
     Args:
       root: the folder of the run's checkpoints; what dead writers left in it is removed.
@@ -44,16 +46,22 @@ class Checkpointer:
         if keep < 1:
             raise CheckpointError(f"{root}: keep={keep}, but at least the last step must stay")
         self.root, self.lineage, self.keep, self.best, self.async_ = Path(root), lineage, keep, best, async_
+        self._by_first("sweep", self._make)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._last: int | None = None  # saved, or being saved
+
+    def _make(self) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             sweep(self.root)
         except OSError as error:
             raise CheckpointError(
-                f"{root}: cannot hold checkpoints: {error.strerror}; choose another folder"
+                f"{self.root}: cannot hold checkpoints: {error.strerror}; choose another folder"
             ) from error
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._last: int | None = None  # saved, or being saved
+
+    def _by_first(self, what: str, work: Callable[[], Any]) -> Any:
+        return distributed.by_first(f"{what} {self.root}", work, error=CheckpointError)
 
     def save(self, step: int, state: State, frozen: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Saves a step; once it returns, the state may be donated.
@@ -64,22 +72,23 @@ class Checkpointer:
         self.wait()
         path = self.root / str(step)
         snap = store.snapshot(state, frozen, self.lineage, extra)
-        store.check_room(path, snap)
         finish = store.begin(path, snap)
         if self.async_:
             self._thread = threading.Thread(target=self._finish, args=(finish,), name=f"save {path}")
             self._thread.start()
         else:
-            finish()
-            self._retire()
+            self._conclude(finish)
         self._last = step
 
     def _finish(self, finish: Callable[[], None]) -> None:
         try:
-            finish()
-            self._retire()
+            self._conclude(finish)
         except BaseException as error:  # raised where the caller can see it, by `wait`
             self._error = error
+
+    def _conclude(self, finish: Callable[[], None]) -> None:
+        finish()
+        self._by_first("retire", self._retire)
 
     def _retire(self) -> None:
         """Deletes the steps that need not stay, but only once the newest of all is known to be whole to the byte."""
@@ -99,7 +108,7 @@ class Checkpointer:
         Raises:
           CheckpointError: there is no such step, and it was not the one saved last.
         """
-        if step != self._last and step not in (found := steps(self.root)):
+        if step != self._last and step not in (found := self._by_first("list", lambda: steps(self.root))):
             raise CheckpointError(f"{self.root}: has no step {step} to protect, only {found}")
         self.best = step
 
@@ -139,11 +148,12 @@ class Checkpointer:
         self.wait()
         damaged: list[str] = []
         restored = None
-        for step in reversed(candidates(self.root)):
+        for step in reversed(self._by_first("list", lambda: candidates(self.root))):
             try:
                 restored = restore(self.root / str(step), like=like, mesh=mesh, sharding=sharding, lineage=self.lineage)
             except DamagedError as error:
-                damaged.append(f"{error} (now {self._set_aside(step)})")
+                name = self._by_first("set aside", lambda step=step: self._set_aside(step))
+                damaged.append(f"{error} (now {name})")
             if restored is not None:
                 break
         if damaged:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxtransfer.checkpoint.manifest import write_durably
+from jaxtransfer.parallel import distributed
 
 LOCK = "run.lock"
 RUN = "run.json"
@@ -24,7 +25,8 @@ class RunLock:
 
     The file ``run.lock`` names the holder: host, process, start. The operating system's lock on it decides (``flock``),
     which falls with the process, so a lock left by a process that died on this host is taken over. A file left by
-    another host is not: from here it cannot be told whether its process still runs.
+    another host is not: from here it cannot be told whether its process still runs. Of several processes that run
+    together the first holds the lock for all.
 
     Raises:
       RunFolderError: at once, where another process holds the lock; the message names it.
@@ -42,6 +44,10 @@ class RunLock:
 
     def acquire(self) -> Self:
         """Takes the lock; see the class for what it raises."""
+        distributed.by_first(f"lock {self.path}", self._acquire, error=RunFolderError)
+        return self
+
+    def _acquire(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -59,7 +65,6 @@ class RunLock:
         os.pwrite(handle, json.dumps(holder).encode(), 0)
         os.fsync(handle)
         self._handle = handle
-        return self
 
     def _take(self, handle: int) -> None:
         folder = self.path.parent
@@ -126,7 +131,10 @@ def claim(folder: str | Path, identity: Mapping[str, Any]) -> None:
       ...     claim(folder, {"seed": 0})
       ...     claim(folder, {"seed": 0})  # the same run again: fine
     """
-    folder = Path(folder)
+    distributed.by_first(f"claim {folder}", lambda: _claim(Path(folder), identity), error=RunFolderError)
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mine = json.loads(json.dumps(dict(identity)))
     path = folder / RUN

@@ -13,12 +13,15 @@ import shutil
 import stat
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jaxtransfer.parallel import distributed
 from jaxtransfer.source.writer import fsync
 
 MANIFEST = "manifest.json"
@@ -79,9 +82,19 @@ def verify(path: str | Path, *, only: str | None = None) -> None:
     """
     folder = Path(path)
     files = {name: entry for name, entry in read_manifest(folder)["files"].items() if only in (None, name)}
-    with ThreadPoolExecutor() as pool:  # reading and zlib both run outside the interpreter's lock
-        sums = pool.map(_crc32, [folder / name for name in files])
-    for (name, entry), found in zip(files.items(), sums, strict=True):
+    _compare(folder, files, _crc32s(folder, list(files)))
+
+
+def verify_together(folder: Path) -> None:
+    """As :func:`verify`, called by all processes at once: each reads its share of the files, and all raise alike."""
+    files = read_manifest(folder)["files"]
+    _compare(folder, files, _shared_crc32s(folder, files))
+
+
+def _compare(folder: Path, files: Mapping[str, Mapping[str, Any]], sums: Mapping[str, str]) -> None:
+    for name, entry in files.items():
+        if (found := sums[name]).startswith("cannot"):
+            raise DamagedError(f"{folder / name}: {found}")
         if found != entry["crc32"]:
             raise DamagedError(f"{folder / name}: damaged, its CRC-32 is {found}, {entry['crc32']} was written")
 
@@ -122,50 +135,106 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
                 yield path.relative_to(folder).as_posix(), info.st_size
 
 
+def _crc32s(folder: Path, names: list[str]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:  # reading and zlib both run outside the interpreter's lock
+        return dict(zip(names, pool.map(_crc32, [folder / name for name in names]), strict=True))
+
+
+def _shared_crc32s(folder: Path, sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The sums of all files, of which each process reads its share, the largest dealt out first."""
+    names = sorted(sizes, key=lambda name: (-sizes[name]["size"], name))
+    mine = _crc32s(folder, names[jax.process_index() :: jax.process_count()])
+    parts = distributed.gathered(f"read {folder}", json.dumps(mine))
+    return {name: value for part in parts for name, value in json.loads(part).items()}
+
+
 def _crc32(path: Path) -> str:
+    """The sum as eight digits, or why the file cannot be read."""
     crc, block = 0, bytearray(_BLOCK)
     try:
         with open(path, "rb", buffering=0) as file:
             while count := file.readinto(block):
                 crc = zlib.crc32(memoryview(block)[:count], crc)
     except OSError as error:
-        raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
+        return f"cannot be read ({error.strerror})"
     return f"{crc:08x}"
 
 
 class Draft:
     """A temporary folder that becomes ``path``, manifest and all, or nothing.
 
-    The folder is locked while its writer lives (the kernel lets go when it dies): `sweep` removes the unlocked.
+    The folder is locked while its writer lives (the kernel lets go when it dies): `sweep` removes the unlocked. Of
+    several processes the first makes, locks, names and removes it.
+
+    Args:
+      path: the folder to be.
+      check: called first, on the first process alone; what it raises is raised on all.
+
+    Raises:
+      CheckpointError: the folder cannot be made, or is not seen by all processes.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None):
         self.path = path
-        self.folder = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:12]}"
-        self.folder.mkdir(parents=True)
-        self._handle = os.open(self.folder, os.O_RDONLY)
+        self._handle: int | None = None
+        name = distributed.by_first(f"make {path}", lambda: self._make(check), error=CheckpointError)
+        self.folder = path.parent / name
+        seen = distributed.gathered(f"see {path}", "yes" if self.folder.is_dir() else "no")
+        if "no" in seen:
+            self.abandon()
+            raise CheckpointError(
+                f"{path}: process {seen.index('no')} does not see what process 0 writes; choose a folder on a file "
+                "system that all processes share"
+            )
+
+    def _make(self, check: Callable[[], None]) -> str:
+        check()
+        folder = self.path.parent / f".{self.path.name}.tmp-{uuid.uuid4().hex[:12]}"
+        try:
+            folder.mkdir(parents=True)
+            self._handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be made: {error.strerror}; choose a folder that can be written"
+            ) from error
         with suppress(OSError):  # a file system without locks: `sweep` then leaves the folder alone
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folder.name
 
     def publish(self) -> None:
         """Seals the folder and gives it its name."""
-        seal(self.folder, self.path.name)
+        files = summed(self.folder)
+        distributed.by_first(f"publish {self.path}", lambda: self._publish(files), error=CheckpointError)
+
+    def _publish(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        seal(self.folder, self.path.name, files)
         os.rename(self.folder, self.path)
         fsync(self.path.parent)
-        os.close(self._handle)
+        self._close()
 
     def abandon(self) -> None:
         """Removes the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._handle)
+        if self._handle is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._close()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
-def seal(folder: Path, name: str) -> None:
+def summed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sum of every file, of which each of several processes reads its share."""
+    files = {name: {"size": size} for name, size in sorted(_files(folder))}
+    sums = _shared_crc32s(folder, files)
+    return {name: {**entry, "crc32": sums[name]} for name, entry in files.items()}
+
+
+def seal(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Flushes every file and folder and then writes the manifest: what it lists is on the disk."""
-    files: dict[str, Mapping[str, Any]] = {}
-    for file, size in sorted(_files(folder)):
+    for file in files:
         fsync(folder / file)
-        files[file] = {"size": size, "crc32": _crc32(folder / file)}
     for parent, _, _ in os.walk(folder, topdown=False):
         fsync(Path(parent))
     body = json.dumps({"format": FORMAT, "version": 1, "name": name, "files": files}, sort_keys=True)

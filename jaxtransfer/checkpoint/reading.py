@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxtransfer.checkpoint import arrays
 from jaxtransfer.checkpoint.leaves import Row, Spec, compare, is_key, named, rows_of, table
-from jaxtransfer.checkpoint.manifest import META, CheckpointError, verify
+from jaxtransfer.checkpoint.manifest import META, CheckpointError, verify, verify_together
 from jaxtransfer.checkpoint.places import places_of
 from jaxtransfer.checkpoint.store import ARRAYS
+from jaxtransfer.parallel import put
 from jaxtransfer.tree import fingerprint, layers_of
 from jaxtransfer.tree.rules import Rules
 from jaxtransfer.tree.stacks import stacked_length
@@ -63,7 +64,7 @@ def restore(
       CheckpointError: it was made from another source.
     """
     path = Path(path)
-    verify(path)
+    verify_together(path)
     meta = metadata(path)
     _check_source(path, meta["lineage"], lineage)
     pair = like if isinstance(like, tuple) else (like, None)
@@ -134,32 +135,49 @@ def _read(
     written: Mapping[str, Spec],
     places: Mapping[str, Sharding | None],
 ) -> dict[str, Any]:
-    """Every leaf's value. What is saved as it is wanted goes straight to its devices, the rest by way of the host."""
-    straight = {name for name, rows in plan.items() if rows == [(name, None)] and written[name].key is None}
+    """Every leaf's value: read straight to the devices that it goes to, or to the host where it goes to none of them.
+
+    Leaves of another layout are put together on the devices, so that no process reads what none of its devices hold.
+    """
     stored = {name: _stored(spec) for name, spec in written.items()}
-    wanted = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name] if name in straight else None)
-        for name, x in stored.items()
-        if x.size
-    }
+    landing = _landing(plan, written, places)
+    wanted = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=landing[n]) for n, x in stored.items() if x.size}
     found = arrays.read(folder, wanted) | {name: np.zeros(x.shape, x.dtype) for name, x in stored.items() if not x.size}
 
     def row(name: str, i: int, source: Row | None) -> Any:
         value, index = (leaves[name], i) if source is None else (found[source[0]], source[1])
-        return np.asarray(value) if index is None else np.asarray(value)[index]
+        if places[name] is None:
+            value = np.asarray(value)
+        return value if index is None else value[index]
 
     def value(name: str, leaf: Any, rows: list[Row | None]) -> Any:
         if not any(rows):
             return leaf
-        if name in straight and isinstance(found[name], jax.Array):
-            return found[name]
         parts = [row(name, i, source) for i, source in enumerate(rows)]
-        host = np.stack(parts) if stacked_length(name) and rows != [(name, None)] else parts[0]
-        if is_key(leaf):
-            host = jax.random.wrap_key_data(jnp.asarray(host), impl=next(written[r[0]].key for r in rows if r))
-        return host if isinstance(leaf, np.ndarray) else jax.device_put(host, places[name])
+        made = parts[0]
+        if stacked_length(name) and rows != [(name, None)]:
+            made = np.stack(parts) if places[name] is None else jnp.stack(parts)
+        if isinstance(leaf, np.ndarray):
+            return made
+        made = jax.device_put(made) if (place := places[name]) is None else put(made, place)
+        return jax.random.wrap_key_data(made, impl=written[next(r[0] for r in rows if r)].key) if is_key(leaf) else made
 
     return {name: value(name, leaf, plan[name]) for name, leaf in leaves.items()}
+
+
+def _landing(
+    plan: Plan, written: Mapping[str, Spec], places: Mapping[str, Sharding | None]
+) -> dict[str, Sharding | None]:
+    """Where each written leaf is read to: where the first leaf that is made of it goes, layers split as they are."""
+    found: dict[str, Sharding | None] = dict.fromkeys(written)
+    for name, rows in plan.items():
+        for stored, index in (row for row in rows if row is not None and found[row[0]] is None):
+            place, stacked = places[name], stacked_length(name) is not None and rows != [(name, None)]
+            if isinstance(place, NamedSharding) and stacked != (index is not None):
+                layer = place.spec[1:] if stacked else (None, *place.spec)
+                place = NamedSharding(place.mesh, PartitionSpec(*layer))
+            found[stored] = place if isinstance(place, (NamedSharding, SingleDeviceSharding)) else None
+    return found
 
 
 def _stored(spec: Spec) -> Any:

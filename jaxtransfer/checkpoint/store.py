@@ -14,6 +14,7 @@ import jax
 from jaxtransfer.checkpoint import arrays
 from jaxtransfer.checkpoint.leaves import Spec, is_key, named
 from jaxtransfer.checkpoint.manifest import META, CheckpointError, Draft
+from jaxtransfer.parallel import distributed
 from jaxtransfer.tree import fingerprint, layers_of
 from jaxtransfer.types import Lineage, State
 
@@ -44,6 +45,8 @@ def save(
 ) -> Path:
     """Writes one checkpoint, a folder, and returns its path: at once whole, or not there.
 
+    With several processes all must call it, at the same point; each writes what its own devices hold.
+
     Written are all of the state and those frozen leaves that are not bit-identical to the source; the rest is the
     source's, by its digest. Arrays are kept as laid out; a stack is written if any of its layers differs.
 
@@ -58,9 +61,7 @@ def save(
       CheckpointError: the folder holds something, the disk has not 1.2 times the room, or writing failed.
     """
     path = Path(path)
-    snap = snapshot(state, frozen, lineage, extra)
-    check_room(path, snap)
-    begin(path, snap)()
+    begin(path, snapshot(state, frozen, lineage, extra))()
     return path
 
 
@@ -68,12 +69,11 @@ def snapshot(state: State, frozen: Any, lineage: Lineage, extra: Mapping[str, An
     """Chooses the leaves to write, and describes all of them.
 
     Raises:
-      CheckpointError: a leaf is no array, the extra is not JSON-able, or there are several processes.
+      CheckpointError: a leaf is no array, or not one over all of several processes, or the extra is not JSON-able.
     """
-    if jax.process_count() > 1:
-        raise CheckpointError("checkpoints are written by one process so far; save from a run on one host")
     leaves, _ = named(state, frozen)
     specs = {name: Spec.of(name, leaf) for name, leaf in leaves.items()}
+    _check_global(leaves)
     kept = unchanged(frozen, lineage)
     meta = {
         "leaves": {n: {**dataclasses.asdict(spec), "written": n not in kept} for n, spec in specs.items()},
@@ -87,6 +87,17 @@ def snapshot(state: State, frozen: Any, lineage: Lineage, extra: Mapping[str, An
         raise CheckpointError(f"extra cannot be written as JSON: {error}") from None
     written = {name: leaf for name, leaf in leaves.items() if name not in kept and specs[name].size}
     return Snapshot({n: jax.random.key_data(x) if is_key(x) else x for n, x in written.items()}, meta)
+
+
+def _check_global(leaves: Mapping[str, Any]) -> None:
+    """Of an array of one process's own nobody knows whether the others' is the same."""
+    if jax.process_count() == 1:
+        return
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            raise CheckpointError(
+                f"{name}: lies on this process alone, one of {jax.process_count()}; place it on a mesh over all of them"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -121,21 +132,22 @@ def check_room(path: Path, snap: Snapshot) -> None:
 def begin(path: Path, snap: Snapshot) -> Callable[[], None]:
     """Takes the arrays off the devices, and returns the function that finishes the checkpoint, for any thread.
 
-    Once this returns, the arrays may be donated. Whatever goes wrong, here or there, leaves nothing behind.
+    Once this returns, the arrays may be donated. Whatever goes wrong, here or there, on this process or another, leaves
+    nothing behind and is raised on all.
+
+    Raises:
+      CheckpointError: the folder holds something, the disk is too full, or not all processes see it.
     """
-    try:
-        draft = Draft(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be made: {error.strerror}; choose a folder that can be written"
-        ) from error
-    with _abandoning(draft):
+    draft = Draft(path, lambda: check_room(path, snap))
+    with _abandoning(draft), distributed.together(f"begin {path}", error=CheckpointError):
         wait = arrays.write_async(draft.folder / ARRAYS, snap.arrays)
 
     def finish() -> None:
         with _abandoning(draft):
-            wait()
-            (draft.folder / META).write_text(json.dumps(snap.meta, sort_keys=True))
+            with distributed.together(f"write {path}", error=CheckpointError):
+                wait()
+                if distributed.is_first():
+                    (draft.folder / META).write_text(json.dumps(snap.meta, sort_keys=True))
             draft.publish()
 
     return finish

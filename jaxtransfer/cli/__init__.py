@@ -15,6 +15,7 @@ _CODES = {
     "UsageError": 2,
     "ConfigError": 2,
     "ShardingError": 2,
+    "TopologyError": 2,
     "GenerationError": 2,
     "DataError": 3,
     "SourceError": 4,
@@ -34,6 +35,7 @@ _CODES = {
     "RunFolderError": 4,
     "ExportError": 4,
     "DivergenceError": 5,
+    "ProcessError": 6,
     "KeyboardInterrupt": 130,
     "BrokenPipeError": 141,
 }
@@ -51,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:  # a signal is no Exception, and has its code as well
         if isinstance(error, BrokenPipeError):
             _discard_output()
-        return fail(error, debug="--debug" in arguments)
+        code = fail(error, debug="--debug" in arguments)
+        _leave_the_others(code)
+        return code
     return 0
 
 
@@ -72,6 +76,15 @@ def fail(error: BaseException, *, debug: bool = False) -> int:
         message = f"unexpected {names[0]}: {message}; --debug shows where"
     print(f"jaxtransfer: error: {escape(redact(message))}", file=sys.stderr)
     return code
+
+
+def _leave_the_others(code: int) -> None:
+    """Ends one of several processes at once: on its way out jax would wait for the others, which wait for this one."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _discard_output() -> None:

@@ -17,12 +17,13 @@ exit codes:
   3    data that cannot be read
   4    a source, rules, or a checkpoint that does not fit
   5    stopped: too many non-finite steps in a row
+  6    of several processes one did not come, or died; the message names it
   130  interrupted (SIGINT)
   141  the reader of the output went away (SIGPIPE)
   143  terminated (SIGTERM); a run has saved, and `jaxtransfer resume` goes on
 """
 
-_CONFIGURED = ("run", "explain")  # the commands that take overrides
+_CONFIGURED = ("run", "explain", "launch", "plan")  # the commands that take overrides
 _OVERRIDE = re.compile(r"--(\w+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
 
 
@@ -69,6 +70,9 @@ def _add_commands(commands: Any) -> None:
         parser = command(name, description, usage=f"jaxtransfer {name} CONFIG [--key.sub value ...]", **about)
         parser.add_argument("config", metavar="CONFIG", help="a YAML file")
 
+    _add_launch(command)
+    _add_plan(command)
+
     inspect = command("inspect", "Show a source: parameters, licence, lineage, and which rules match")
     inspect.add_argument("ref", metavar="SOURCE", help="a folder, a hub id, or python:PACKAGE/FOLDER")
     inspect.add_argument("--rules", metavar="CONFIG", help="a configuration whose adapt.rules are matched")
@@ -83,9 +87,38 @@ def _add_commands(commands: Any) -> None:
     export = command("export", "Write the model of a run for others to load")
     export.add_argument("run", metavar="RUN", help="the folder of a finished run")
     export.add_argument("--to", metavar="DIR", help="by default inside the run's folder")
-    export.add_argument("--format", choices=["hf", "orbax"], default="hf", help="by default hf")
+    export.add_argument(
+        "--format", choices=["hf", "orbax", "peft"], default="hf", help="by default hf; peft is the adapters alone"
+    )
+
+    merge = command("merge", "Fold the adapters of a run into its source, and write the one model that they make")
+    merge.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    merge.add_argument("--to", metavar="DIR", help="by default inside the run's folder")
+    merge.add_argument("--dequantize", action="store_true", help="of a quantised source, which is large again then")
 
     command("resume", "Go on with a run that was stopped").add_argument("run", metavar="RUN", help="its folder")
+
+
+def _add_plan(command: Any) -> None:
+    plan = command(
+        "plan", "Compile a run's step for a slice that is not here: what it would hold, do and send",
+        usage="jaxtransfer plan CONFIG --topology SLICE [--search [--to FILE]] [--key.sub value ...]",
+    )  # fmt: skip
+    plan.add_argument("config", metavar="CONFIG", help="a YAML file; neither weights nor data are read")
+    plan.add_argument("--topology", metavar="SLICE", required=True, help="v5e:4x4, v5p:4x4x8, h200:8, ...")
+    plan.add_argument("--search", action="store_true", help="try meshes, what is recomputed, and microbatches")
+    plan.add_argument("--to", metavar="FILE", help="with --search: a new file for the configuration that is best")
+
+
+def _add_launch(command: Any) -> None:
+    launch = command(
+        "launch", "Run in several processes: those of Slurm, Cloud TPU, GKE or Open MPI, or new ones on this machine",
+        usage="jaxtransfer launch [--processes N [--devices-per-process D]] CONFIG [--key.sub value ...]",
+    )  # fmt: skip
+    launch.add_argument("config", metavar="CONFIG", help="a YAML file; its mesh is over the devices of all processes")
+    launch.add_argument("--processes", type=int, metavar="N", help="start N here; by default this is one of others")
+    launch.add_argument("--devices-per-process", type=int, metavar="D", help="of a GPU machine, or simulated on a CPU")
+    launch.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for all to come; default 300")
 
 
 def _add_predict(command: Any) -> None:
@@ -149,6 +182,7 @@ def _keys() -> str:
         [
             "every key of the configuration can be set, to YAML (quote lists: '[0, 1]'):",
             *lines,
+            "adapt.adapters is a list of records, N = 0 the first, each with the keys that its method reads;",
             "data.validation, data.test and data.retain have the keys of data.train, or are null; pretrain is null or",
             "has data, task, optimizer and run with the keys of these; optimizer.groups.NAME has those of optimizer",
             "down to eps; out is by default runs/ and the name of CONFIG",

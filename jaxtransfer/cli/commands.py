@@ -21,8 +21,17 @@ def run(options: Namespace) -> None:
 
 
 def explain(options: Namespace) -> None:
-    """Show the groups of parameters."""
+    """Show the groups of parameters, the adapters, and what is packed."""
     show(_job().explain(config.load(options.config, options.overrides)), _console())
+
+
+def plan(options: Namespace) -> None:
+    """Show what a step would hold, do and send on a slice."""
+    if options.to and not options.search:
+        raise UsageError("--to: is where --search writes what it finds")
+    found, to, console = config.load(options.config, options.overrides), options.to, _console()
+    how = {"search": options.search, "to": Path(to) if to else None, "say": console.print}
+    show(_job().plan(found, options.topology, **how), console)
 
 
 def inspect(options: Namespace) -> None:
@@ -72,10 +81,31 @@ def export(options: Namespace) -> None:
     show({"exported": _job().export(Path(options.run), out, format=options.format)}, _console())
 
 
+def merge(options: Namespace) -> None:
+    """Write a run's model with its adapters folded in."""
+    out = Path(options.to) if options.to else None
+    show(_job().merge(Path(options.run), out, dequantize=options.dequantize), _console())
+
+
 def resume(options: Namespace) -> None:
     """Go on with a run."""
     console = _console()
     show(_job().resume(Path(options.run), console=console), console)
+
+
+def launch(options: Namespace) -> None:
+    """Start the processes of a run and watch them, or be one of them."""
+    config.load(options.config, options.overrides)  # a mistake in it is told once
+    if options.processes is None:
+        if options.devices_per_process is not None:
+            raise UsageError("--devices-per-process: is for the processes that --processes starts")
+        _job().join(timeout=options.timeout)
+        run(options)
+        return
+    given = [f"--{key}={value}" for key, value in options.overrides]
+    arguments = ["launch", options.config, *given, f"--timeout={options.timeout}"]
+    arguments += ["--debug"] if getattr(options, "debug", False) else []
+    _job().launch(arguments, processes=options.processes, devices=options.devices_per_process)
 
 
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
@@ -85,7 +115,10 @@ COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
+    "merge": merge,
     "resume": resume,
+    "launch": launch,
+    "plan": plan,
 }
 
 

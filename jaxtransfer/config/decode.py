@@ -53,7 +53,7 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
 
 
 def _union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    """``X | None``, unions of scalars and tuples, and records that are told apart by their ``kind``."""
+    """``X | None``, unions of scalars and tuples, and records that are told apart by their first field."""
     if value is None and type(None) in kinds:
         return None
     rest = [kind for kind in kinds if kind is not type(None)]
@@ -69,19 +69,24 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
     raise ConfigError(f"{path}: expected {' or '.join(describe(kind) for kind in kinds)}, got {short(value)}", path)
 
 
-def tag(record: Any) -> str:
-    """The ``kind`` of a record that is told apart by it."""
-    return typing.get_args(typing.get_type_hints(record)["kind"])[0]
+def tag(record: Any) -> tuple[str, str]:
+    """The first field of a record that is told apart by it, ``kind`` or ``method``, and its value."""
+    field = dataclasses.fields(record)[0].name
+    return field, typing.get_args(typing.get_type_hints(record)[field])[0]
 
 
 def _tagged(records: Sequence[Any], value: Any, path: str) -> Any:
-    """The record whose ``kind`` is given; the first one where none is."""
+    """The record whose tag is given; where none is, the first one if it has that by default."""
     if isinstance(value, tuple(records)):
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path}: expected a mapping, got {short(value)}", path)
-    known = {tag(record): record for record in records}
-    kind = decode(typing.Literal[tuple(known)], value.get("kind", next(iter(known))), f"{path}.kind")
+    known = {tag(record)[1]: record for record in records}
+    field, where = dataclasses.fields(records[0])[0], f"{path}.{tag(records[0])[0]}"
+    named = value.get(field.name, field.default)
+    if named is dataclasses.MISSING:
+        raise ConfigError(f"{where}: missing; expected {describe(typing.Literal[tuple(known)])}", path)
+    kind = decode(typing.Literal[tuple(known)], named, where)
     names = {each: [field.name for field in dataclasses.fields(record)] for each, record in known.items()}
     for key in value:
         if key not in names[kind] and (others := [other for other in known if key in names[other]]):
@@ -134,7 +139,7 @@ def describe(kind: Any) -> str:
     """A type in words, for messages: ``"a list, each text or null"``."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(arg) for arg in args)
+        return " or ".join(dict.fromkeys(describe(arg) for arg in args))
     if origin is typing.Literal:
         return f"{'one of ' if len(args) > 1 else ''}{', '.join(map(str, args))}"
     if origin is tuple and args[-1] is Ellipsis:

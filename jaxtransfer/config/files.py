@@ -68,12 +68,13 @@ def keys(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, str | N
     """
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        records = [arm for arm in _arms(hints[field.name]) if dataclasses.is_dataclass(arm)]
+        item = _item(hints[field.name])
+        records = [arm for arm in _arms(item or hints[field.name]) if dataclasses.is_dataclass(arm)]
         if len(records) == 1:
             yield from keys(records[0], f"{path}{field.name}.")
             continue
         if records:
-            yield from _tagged_keys(records, f"{path}{field.name}.")
+            yield from _tagged_keys(records, f"{path}{field.name}.{'' if item is None else 'N.'}")
             continue
         required = field.default is field.default_factory is dataclasses.MISSING
         value = field.default_factory() if callable(field.default_factory) else field.default
@@ -85,22 +86,24 @@ def keys(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, str | N
 
 
 def _tagged_keys(records: Sequence[Any], path: str) -> Iterator[tuple[str, str, str | None]]:
-    """The keys of records that are told apart by their ``kind``: whose they are is said where it is not all of them."""
+    """The keys of records that are told apart by a tag: whose they are is said where it is not all of them."""
     rows: dict[tuple[str, str, str | None], list[str]] = {}
     for record in records:
         for row in keys(record, path):
-            rows.setdefault(row, []).append(tag(record))
-    kinds = [tag(record) for record in records]
-    yield (f"{path}kind", describe(Literal[tuple(kinds)]), kinds[0])
+            rows.setdefault(row, []).append(tag(record)[1])
+    name, kinds = tag(records[0])[0], [tag(record)[1] for record in records]
+    required = dataclasses.fields(records[0])[0].default is dataclasses.MISSING
+    yield (f"{path}{name}", describe(Literal[tuple(kinds)]), None if required else kinds[0])
     for (key, words, default), readers in rows.items():
-        if key != f"{path}kind":
+        if key != f"{path}{name}":
             yield (key, words if readers == kinds else f"{words}, of {' and '.join(readers)}", default)
 
 
 def override(raw: dict[str, Any], key: str, text: str) -> None:
     """Sets a dotted key of nested dictionaries to what ``text`` says, read as a file's value would be.
 
-    Where the field holds text, ``text`` is taken as it is, so that ``--data.train.label 0123`` needs no quotes.
+    Where the field holds text, ``text`` is taken as it is, so that ``--data.train.label 0123`` needs no quotes. Items
+    of a list go by number: ``--adapt.adapters.0.rank 16``.
 
     Example:
       >>> raw = {"optimizer": {"lr": 1e-4}}
@@ -110,14 +113,21 @@ def override(raw: dict[str, Any], key: str, text: str) -> None:
     """
     *parents, last = key.split(".")
     node: Any = raw
-    for i, name in enumerate(parents):
-        if node.get(name) is None:
+    for i, name in enumerate(parents, 1):
+        if isinstance(node, dict) and node.get(name) is None:
             node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            where = ".".join(parents[: i + 1])
-            raise ConfigError(f"command line: --{key}: {where} is {short(node)}, which has no keys", where)
-    node[last] = text if _is_text(key, text) else parse(text, f"command line: --{key}")[0]
+        node, following = node[_key_in(node, name)], (*parents, last)[i]
+        if _key_in(node, following) is None:
+            where, lacks = ".".join(parents[:i]), f"item {following}" if isinstance(node, list) else "keys"
+            raise ConfigError(f"command line: --{key}: {where} is {short(node)}, which has no {lacks}", where)
+    node[_key_in(node, last)] = text if _is_text(key, text) else parse(text, f"command line: --{key}")[0]
+
+
+def _key_in(node: Any, name: str) -> str | int | None:
+    """What a name stands for in a mapping or a list; None where there is no such place."""
+    if isinstance(node, list):
+        return int(name) if name.isdecimal() and int(name) < len(node) else None
+    return name if isinstance(node, dict) else None
 
 
 def _is_text(key: str, text: str) -> bool:
@@ -130,14 +140,22 @@ def _is_text(key: str, text: str) -> bool:
 
 
 def _inside(kind: Any, name: str) -> Any:
-    """The type of what a record holds under a name, or of a mapping's values."""
+    """The type of what a record holds under a name, or of the values of a mapping or a list."""
     if dataclasses.is_dataclass(kind):
         return typing.get_type_hints(kind).get(name)
+    if (item := _item(kind)) is not None:
+        return item
     return typing.get_args(kind)[1] if typing.get_origin(kind) is collections.abc.Mapping else None
 
 
 def _arms(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _item(kind: Any) -> Any:
+    """The type of a list's items; None for what is no list of any length."""
+    args = typing.get_args(kind)
+    return args[0] if typing.get_origin(kind) is tuple and args[1:] == (...,) else None
 
 
 def _text(path: Path) -> str:
@@ -153,7 +171,8 @@ def _text(path: Path) -> str:
 def _where(path: str, file: Path, lines: Mapping[str, int], given: set[str]) -> str:
     """Where a key was written: the override, or the file and the line of the nearest key that stands in it."""
     while path:
-        if path in given or (path not in lines and any(key.startswith(f"{path}.") for key in given)):
+        dotted = path.replace("[", ".").replace("]", "")
+        if dotted in given or (path not in lines and any(key.startswith(f"{dotted}.") for key in given)):
             return "command line: --"
         if path in lines:
             return f"{file}:{lines[path]}: "

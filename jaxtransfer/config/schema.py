@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from jaxtransfer.config.adapters import AdapterConfig, Quantization, check_trained
 from jaxtransfer.config.checks import at_least, check, increasing
 from jaxtransfer.config.document import ConfigError
 from jaxtransfer.config.optimizers import OptimizerConfig
@@ -67,17 +68,28 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """What trains: all, the head, the head and the ``last`` blocks, or by ``rules``: (regex of paths, group).
+    """What trains, and what is put on the source for it.
 
-    ``untie`` gives a head that is tied to the word embedding weights of its own, to train the one without the other.
+    Attributes:
+      train: all of it; the head; the head and the ``last`` blocks; by ``rules``; or the head and the ``adapters``, the
+        same with a rate of its own for the b of LoRA (group ``adapter_b``, by default 16 times the rate of
+        ``adapter``), all ``biases``, or all ``norms``.
+      last: blocks.
+      rules: (regex of paths, group).
+      untie: gives a head that is tied to the word embedding weights of its own, to train the one without the other.
+      quantize: (regex of paths, how): weights of the source that are packed, and then stay as they are.
+      adapters: what is put on the source, in this order.
     """
 
-    train: Literal["full", "head", "last", "rules"] = "full"
+    train: Literal["full", "head", "last", "rules", "adapters", "lora_plus", "biases", "norms"] = "full"
     last: int | None = None
     rules: tuple[tuple[str, str], ...] = ()
     untie: bool = False
+    quantize: tuple[tuple[str, Quantization], ...] = ()
+    adapters: tuple[AdapterConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        check_trained(self.train, self.adapters)
         at_least(self, 1, "last")
         for field in ("last", "rules"):
             given = getattr(self, field) not in (None, ())
@@ -129,14 +141,22 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along the axes of the mesh; their product is the number of devices used."""
+    """Devices along the axes of the mesh; their product is the number of devices used.
+
+    Attributes:
+      data: copies of the model, each with rows of its own.
+      fsdp: rows too, and parameters split between uses of them.
+      tensor: layers split by heads and features.
+      sequence: the tokens of a row split; divides the batches' lengths.
+    """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "data", "fsdp", "tensor")
+        at_least(self, 1, "data", "fsdp", "tensor", "sequence")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +228,8 @@ class Config:
                 "pretrain": self.pretrain,
                 "study": self.study,
                 "data.retain": self.data.retain,
+                "adapt.quantize": self.adapt.quantize or None,
+                "adapt.adapters": self.adapt.adapters or None,
             }.items():
                 if given is not None:
                     raise ConfigError(f"{field}: needs a source with weights, source.init asks for none", field)

@@ -7,5 +7,9 @@ from jaxtransfer.job.commands import run as run
 from jaxtransfer.job.finished import complete as complete
 from jaxtransfer.job.finished import evaluate as evaluate
 from jaxtransfer.job.finished import export as export
+from jaxtransfer.job.finished import merge as merge
 from jaxtransfer.job.finished import predict as predict
 from jaxtransfer.job.finished import task_of as task_of
+from jaxtransfer.job.launch import join as join
+from jaxtransfer.job.launch import launch as launch
+from jaxtransfer.job.planning import plan as plan

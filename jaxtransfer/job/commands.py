@@ -14,19 +14,20 @@ from jaxtransfer import checkpoint, report
 from jaxtransfer import config as configs
 from jaxtransfer.checkpoint.manifest import discard, write_durably
 from jaxtransfer.config import Config
-from jaxtransfer.job import events, record, studies, summary
-from jaxtransfer.job.finished import CHECKPOINTS, CONFIG, EXPORT, RESULT, config_of, page_of, pretrained
+from jaxtransfer.job import events, explained, models, record, studies, summary
+from jaxtransfer.job.models import CHECKPOINTS, CONFIG, RESULT, config_of, page_of, pretrained
 from jaxtransfer.job.prepare import RETAIN, TRAIN, Job, prepare
 from jaxtransfer.job.train import final_split, finished, predictions, saved_best, train
-from jaxtransfer.models.registry import ConfigFieldError
+from jaxtransfer.parallel import distributed
+from jaxtransfer.parallel.distributed import share
 from jaxtransfer.run import Progress, Stop
-from jaxtransfer.source import export as export_source
 from jaxtransfer.source import load
 from jaxtransfer.tree import flatten
 from jaxtransfer.tree.rules import Rules, as_rules, winning_rules
 from jaxtransfer.types import Source, State
 
 REPORT, BEFORE, DIAGNOSTIC = "report.html", "before.json", "diagnostic"
+_REPORT = 3600.0  # seconds for the first process to write the model and the report, while the others wait
 
 
 def run(config: Config, *, console: Any) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def run(config: Config, *, console: Any) -> dict[str, Any]:
 
     A folder that holds an unfinished run of the same configuration, source and data is resumed; a finished one is not
     touched, its result is returned. Where ``pretrain`` makes the source, that is a run of its own, in ``pretrain``.
+
+    Of several processes that have joined all call it; the first alone writes and tells what there is to tell.
 
     Args:
       config: the configuration.
@@ -43,6 +46,7 @@ def run(config: Config, *, console: Any) -> dict[str, Any]:
       The summary: metrics with intervals, the gain, where everything is, what to type next.
     """
     out = Path(config.out)
+    console.quiet = console.quiet or not distributed.is_first()
     with Stop() as stop, events.Screen(console) as screen, checkpoint.RunLock(out):
         job = prepare(config, screen.say)
         page = _run(job, out, stop, screen)
@@ -52,10 +56,10 @@ def run(config: Config, *, console: Any) -> dict[str, Any]:
 def _run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> dict[str, Any]:
     """The record of a run, done now unless it is there; its folder is locked."""
     checkpoint.claim(out, job.identity())
-    if (out / RESULT).exists():
+    if record.is_there(out / RESULT):
         screen.say(f"{out} holds this run, finished; remove the folder to run it again")
         return page_of(out)
-    if not (out / CONFIG).exists():
+    if not record.is_there(out / CONFIG) and distributed.is_first():
         write_durably(out / CONFIG, configs.dump(job.config).encode())
     screen.say(record.table_of_groups(job.rows()))
     began = time.time()
@@ -69,17 +73,23 @@ def _run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> dict[str, An
     metrics = {split: job.task.metrics(part) for split, part in found.items()}
     comparison = studies.compare(job, out, stop, screen, metrics)
     curve = studies.curve(job, out, stop, screen)
-    model = _export(source, out / EXPORT, metrics[final_split(job)], screen)
-    page = record.build(
-        job,
-        record.Outcome(
-            source=source, found=found, metrics=metrics, study=comparison, curve=curve, before=before,
-            progress=progress, seconds=time.time() - began, out=out, model=model,
-        ),
-    )  # fmt: skip
-    report.write(page, out / REPORT)
-    record.write_json(out / RESULT, page)
-    return page
+    values = {name: metric.value for name, metric in metrics[final_split(job)].items()}
+    source = dataclasses.replace(source, params=distributed.collected(source.params))
+
+    def conclude() -> None:
+        model = models.write(source, out, job.config, progress, values, screen.say)
+        page = record.build(
+            job,
+            record.Outcome(
+                source=source, found=found, metrics=metrics, study=comparison, curve=curve, before=before,
+                progress=progress, seconds=time.time() - began, out=out, model=model,
+            ),
+        )  # fmt: skip
+        report.write(page, out / REPORT)
+        record.write_json(out / RESULT, page)
+
+    distributed.by_first(f"report {out}", conclude, timeout=_REPORT)
+    return page_of(out)
 
 
 def resume(folder: Path, *, console: Any) -> dict[str, Any]:
@@ -91,9 +101,13 @@ def resume(folder: Path, *, console: Any) -> dict[str, Any]:
     return run(dataclasses.replace(config_of(folder), out=str(folder)), console=console)
 
 
-def explain(config: Config) -> list[Any]:
-    """What would train, how, and what it costs in bytes; nothing is compiled."""
-    return list(prepare(config, lambda text: None).rows())
+def explain(config: Config) -> dict[str, Any]:
+    """What would train, how, and what it costs in bytes; which adapter sits where, what is packed.
+
+    Returns:
+      ``groups``, a row each, and where there are any, ``adapters`` and ``quantized``.
+    """
+    return explained.tables(prepare(config, lambda text: None))
 
 
 def inspect(ref: str, *, rules: Rules = (), revision: str | None = None) -> dict[str, Any]:
@@ -126,15 +140,27 @@ def _measured_before(job: Job, out: Path, stop: Stop) -> dict[str, Any] | None:
     """Metrics of a source that keeps its head, before any training, on the final split and on its own domain."""
     if job.task.fresh_head:
         return None
-    if not (out / BEFORE).exists():
-        start = job.start(job.config.run.seed)
+    if not record.is_there(out / BEFORE):
+        start = unprompted(*job.start(job.config.run.seed))
         found = {
             split: record.cells(job.task, job.task.metrics(predictions(job, *start, split, stop.check)))
             for split in (final_split(job), RETAIN)
             if split in job.examples
         }
-        record.write_json(out / BEFORE, found)
+        distributed.by_first(f"write {out / BEFORE}", lambda: record.write_json(out / BEFORE, found))
     return json.loads((out / BEFORE).read_text(encoding="utf-8"))
+
+
+def unprompted(state: State, frozen: Any) -> tuple[State, Any]:
+    """A run's start without what changes the function before it is trained: prompts and prefixes."""
+
+    def without(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {name: without(child) for name, child in node.items() if name not in ("prompt", "prefix")}
+
+    bare = dataclasses.replace(state, params=without(state.params), stats=without(state.stats))
+    return bare, without(frozen)
 
 
 def _main_run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> tuple[Source, dict[str, Any], Progress]:
@@ -152,18 +178,20 @@ def _main_run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> tuple[S
             position = extra["data"]
             saver.best = progress.best_batch
             screen.say(f"resumed at step {progress.batch} of {job.steps}")
-        callbacks = [
-            events.jsonl(out / events.METRICS, progress),
-            screen.titled(f"{_title(job)}, seed {seed}", job.steps, done=progress.batch),
-        ]
-        if job.config.run.tensorboard:
+        callbacks = [screen.titled(f"{_title(job)}, seed {seed}", job.steps, done=progress.batch)]
+        if distributed.is_first():
+            callbacks.append(events.jsonl(out / events.METRICS, progress))
+        if distributed.is_first() and job.config.run.tensorboard:
             callbacks.append(stack.enter_context(events.tensorboard(out / "tensorboard", after=progress.batch)))
 
         def diagnose(state: State, frozen: Any, batch: Mapping[str, Any]) -> str:
             where = out / DIAGNOSTIC
-            if where.exists():  # of an earlier attempt
-                discard(where)
+            if record.is_there(where):  # of an earlier attempt
+                distributed.by_first(f"discard {where}", lambda: discard(where))
             rows = {name: np.asarray(value).tolist() for name, value in batch.items()}
+            if share(job.mesh)[1] > 1:
+                parts = map(json.loads, distributed.gathered(f"rows {where}", json.dumps(rows)))
+                rows = {f"{name}, part {i}": value for i, part in enumerate(parts) for name, value in part.items()}
             return str(checkpoint.save(where, state, frozen, lineage, extra={"batch": rows}))
 
         last = train(
@@ -180,13 +208,3 @@ def _main_run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> tuple[S
 
 def _title(job: Job) -> str:
     return "transfer" if job.config.source.init == "pretrained" else "from scratch"
-
-
-def _export(source: Source, path: Path, metrics: Mapping[str, Any], screen: events.Screen) -> Path:
-    """Hugging Face layout where a class of theirs computes the model, Orbax where none does."""
-    values = {name: metric.value for name, metric in metrics.items()}
-    try:
-        return export_source(source, path, format="hf", metrics=values)
-    except ConfigFieldError as error:
-        screen.say(f"exported as orbax: {error}")
-        return export_source(source, path, format="orbax", metrics=values)

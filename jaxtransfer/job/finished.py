@@ -1,7 +1,6 @@
-"""The commands about a run's model: evaluate, predict, complete, export."""
+"""The commands about a run's model: evaluate, predict, complete, export, merge."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtransfer import checkpoint
-from jaxtransfer import config as configs
+from jaxtransfer.adapt import merge as fold
+from jaxtransfer.adapt.adapters import AdapterError
 from jaxtransfer.config import Config, ImageClassificationConfig
 from jaxtransfer.data.dataset import from_records
 from jaxtransfer.data.loader import Examples, batches
 from jaxtransfer.data.sources import read
 from jaxtransfer.generation import stream_text
 from jaxtransfer.job.checks import check_vocabulary
-from jaxtransfer.job.prepare import Job, observing, prepare, splits
-from jaxtransfer.job.sources import check_head, placed
+from jaxtransfer.job.models import EXPORT, RESULT, adapted, apart, beside, config_of, page_of, write_peft, write_whole
+from jaxtransfer.job.prepare import observing, splits
 from jaxtransfer.job.summary import final
 from jaxtransfer.job.tasks import make_task
-from jaxtransfer.job.train import SPLITS, finished, saved_best
+from jaxtransfer.job.train import SPLITS
 from jaxtransfer.models import apply, layout_of
-from jaxtransfer.run import Progress
+from jaxtransfer.source import ExportError
 from jaxtransfer.source import export as export_source
-from jaxtransfer.source import load
 from jaxtransfer.tasks import LabelSet, Task, collect
 from jaxtransfer.tree import stack
-from jaxtransfer.types import Lineage, Source
-
-CONFIG, RESULT, CHECKPOINTS, EXPORT = "config.yaml", "result.json", "checkpoints", "model"
+from jaxtransfer.types import Source
 
 
 def task_of(folder: Path) -> str:
@@ -109,56 +105,58 @@ def complete(
 
 
 def export(folder: Path, out: Path | None = None, *, format: str = "hf") -> Path:
-    """The model of a run, finished or stopped, as a folder of its own."""
-    target = folder / f"{EXPORT}-{format}" if out is None else out
-    metrics = final(page_of(folder))[1] if (folder / RESULT).exists() else {}
-    values = {name: metric["value"] for name, metric in metrics.items()}
-    return export_source(adapted(folder), target, format=format, metrics=values)
-
-
-def config_of(folder: Path) -> Config:
-    """The configuration of a run.
+    """The model of a run, finished or stopped, as a folder of its own.
 
     Raises:
-      RunFolderError: the folder holds no run.
+      ExportError: what was trained stands beside its source, and is asked for as one model; PeftError: it cannot be
+        written alone.
     """
-    path = folder / CONFIG
-    if not path.exists():
-        raise checkpoint.RunFolderError(f"{folder}: holds no run ({CONFIG} is missing)")
-    return configs.load(path)
-
-
-def page_of(folder: Path) -> dict[str, Any]:
-    """The record of a finished run."""
-    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
-
-
-def adapted(folder: Path) -> Source:
-    """The exported model of a finished run; of an unfinished one its best step so far."""
-    if (folder / RESULT).exists():
-        return dataclasses.replace(load(folder / EXPORT), lineage=Lineage(**page_of(folder)["lineage"]))
+    target = folder / f"{EXPORT}-{format}" if out is None else out
     config = config_of(folder)
-    root, seed = folder / CHECKPOINTS, config.run.seed
-    if (last := checkpoint.latest(root)) is None:
-        raise checkpoint.RunFolderError(f"{folder}: has no model and no checkpoint yet; resume it")
-    job = pretrained(prepare(dataclasses.replace(config, out=str(folder)), lambda text: None))
-    progress = Progress()
-    progress.load(checkpoint.metadata(root / str(last))["extra"]["progress"])
-    return finished(job, seed, *saved_best(job, root, job.start(seed), progress), progress)
+    if not apart(config):
+        return export_source(adapted(folder), target, format=format, metrics=_values(folder))
+    if format == "peft":
+        return write_peft(adapted(folder), target, _values(folder))
+    held = beside(config)
+    way = f"`jaxtransfer merge {folder}` folds it in" if held is None else f"a {held} cannot be folded in"
+    raise ExportError(f"{folder}: what it trained stands beside its source: {way}, --format peft writes it alone")
 
 
-def pretrained(job: Job) -> Job:
-    """A job with the source that another run has made for it, once that is finished; any other job as it is."""
-    if job.before is None:
-        return job
-    folder = Path(job.before.config.out)
-    head = None if job.task.fresh_head else "checkpoint"
-    source = load(folder / EXPORT, head=head, dtype=job.config.source.dtype, **placed(job.mesh))
-    check_head(source, job.task)
-    made = page_of(folder)["lineage"]
-    operations = tuple(made["operations"])
-    lineage = dataclasses.replace(source.lineage, ref=made["ref"], license=made["license"], operations=operations)
-    return dataclasses.replace(job, trunk=dataclasses.replace(source, lineage=lineage), before=None)
+def merge(folder: Path, out: Path | None = None, *, dequantize: bool = False) -> dict[str, Any]:
+    """The model of a run with its adapters folded in, as one folder: as Hugging Face lays it out, where it can.
+
+    Args:
+      folder: of a run, finished or stopped.
+      out: None is ``merged`` in the run's folder.
+      dequantize: consent to a quantised source becoming large again.
+
+    Returns:
+      ``merged``, the folder; ``note``, where it is no Hugging Face layout.
+
+    Raises:
+      AdapterError: there is nothing to merge, what is there is no weight's (a bottleneck, a prompt, a prefix), or the
+        source is quantised and ``dequantize`` is not set.
+    """
+    config = config_of(folder)
+    if not apart(config):
+        raise AdapterError(f"{folder}: its model is whole, there is nothing to merge; `jaxtransfer export` writes it")
+    if (held := beside(config)) is not None:
+        raise AdapterError(f"{folder}: a {held} is no part of a weight, and cannot be merged into one")
+    if config.adapt.quantize and not dequantize:
+        raise AdapterError(
+            f"{folder}: its source is quantised, merging makes it as large as it was: say --dequantize, or "
+            f"`jaxtransfer export {folder} --format peft`, which writes the adapters alone"
+        )
+    notes: list[str] = []
+    merged = fold(adapted(folder), dequantize=dequantize)
+    path = write_whole(merged, folder / "merged" if out is None else out, _values(folder), notes.append)
+    return {"merged": path, **({"note": notes[0]} if notes else {})}
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    """The metrics of a finished run, for the card."""
+    metrics = final(page_of(folder))[1] if (folder / RESULT).exists() else {}
+    return {name: metric["value"] for name, metric in metrics.items()}
 
 
 def _task(config: Config, source: Source) -> Task:

@@ -4,13 +4,15 @@ import dataclasses
 from typing import Any
 
 from jaxtransfer.adapt import groups
-from jaxtransfer.config import Config, ConfigError
+from jaxtransfer.config import Config, ConfigError, GroupConfig
 from jaxtransfer.optim import Group, GroupError
 from jaxtransfer.tree.paths import flatten
 from jaxtransfer.tree.rules import Rule, Rules, as_rules
 from jaxtransfer.types import Model
 
-GROUPS = ("head", "trunk")
+GROUPS = ("head", "trunk", "adapter", "adapter_b")
+LORA_PLUS = 16
+"""The rate of LoRA's b over that of a, where the configuration gives it none of its own (arXiv:2402.12354)."""
 UNTIE = "; adapt.untie: true does the former"
 
 
@@ -19,8 +21,12 @@ def recipe(config: Config, model: Model) -> Rules:
     adapt = config.adapt
     if adapt.train == "rules":
         return adapt.rules
-    if adapt.train == "full":
-        return groups.full(model)
+    plain = {
+        "full": groups.full, "adapters": groups.adapters, "lora_plus": groups.lora_plus, "biases": groups.biases,
+        "norms": groups.norms,
+    }  # fmt: skip
+    if adapt.train in plain:
+        return plain[adapt.train](model)
     field = f"adapt.{'last' if adapt.train == 'last' else 'train'}"
     try:
         return groups.last(model, adapt.last or 0) if adapt.train == "last" else groups.head_only(model)
@@ -35,18 +41,26 @@ def thawed(rules: Rules) -> Rules:
     ]
 
 
-def optimizer_groups(config: Config, labels: Any, steps: int) -> dict[str, Group]:
+def optimizer_groups(config: Config, labels: Any, steps: int, *, control: bool = False) -> dict[str, Group]:
     """Label -> `Group`: the settings of all, and what a group has of its own.
 
-    The recipes' labels need no entry in the configuration; any other does, or a slip such as ``frozn`` would train.
+    The recipes' labels need no entry in the configuration; any other does, or a slip such as ``frozn`` would train. Of
+    the entries the control from scratch reads those that it has: no ``adapter``, but a ``trunk`` where a run has none.
     """
     used = set(flatten(labels).values())
     if used <= {groups.FROZEN, groups.STATS}:
         raise GroupError("adapt: nothing trains, every parameter is frozen")
+    given = {*config.optimizer.groups}
+    if control:
+        given &= used
+    elif config.study is not None and groups.FROZEN in used:
+        given -= {"trunk"} - used
     out = {}
-    for label in sorted({*config.optimizer.groups, *(used & set(GROUPS))}):
-        given = dataclasses.asdict(config.optimizer.group(label)).items()
-        own = {name: value for name, value in given if value is not None}
+    for label in sorted({*given, *(used & set(GROUPS))}):
+        fields = dataclasses.asdict(config.optimizer.group(label)).items()
+        own = {name: value for name, value in fields if value is not None}
+        if label == "adapter_b" and config.optimizer.groups.get(label, GroupConfig()).lr is None:
+            own["lr"] = LORA_PLUS * (config.optimizer.group("adapter").lr or config.optimizer.lr)
         warmup = int(own.pop("warmup") * steps)
         out[label] = Group(own.pop("name"), warmup=warmup, steps=steps, **own)
     return out

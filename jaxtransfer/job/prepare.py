@@ -11,18 +11,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtransfer.adapt import groups, swap_head, untie
-from jaxtransfer.config import Config, ConfigError
+from jaxtransfer.adapt import groups
+from jaxtransfer.config import Config
 from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.data.loader import Examples, Loader, batches
 from jaxtransfer.data.sources import DataSpec, read
-from jaxtransfer.job import checks
+from jaxtransfer.job import adapting, checks
 from jaxtransfer.job.optimization import optimizer_groups, recipe, thawed
 from jaxtransfer.job.sources import load_source, make_mesh_of, sharding_rules
 from jaxtransfer.job.tasks import columns_of, make_task
 from jaxtransfer.models import init
 from jaxtransfer.models.api import abstract_init
 from jaxtransfer.optim import Group, Row, explain, optimizer
+from jaxtransfer.parallel.distributed import in_step, share
 from jaxtransfer.step import Step, init_state, make_eval, make_step
 from jaxtransfer.tasks import Task
 from jaxtransfer.tree.paths import Params, flatten
@@ -75,11 +76,11 @@ class Job:
         return self.config.run.metric or self.task.metric
 
     def adapted(self, seed: int, *, scratch: bool = False) -> Source:
-        """What a run of this seed starts from: the source under its head, or the same architecture from scratch."""
-        key = jax.random.fold_in(jax.random.key(seed), 0)
-        source = headed(self.config, self.trunk, self.task, key)
+        """What a run of this seed starts from: the adapted source, or the bare architecture from scratch."""
         if not scratch and self.config.source.init == "pretrained":
-            return source
+            return adapting.begun(self.config, self.trunk, self.task, seed)
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        source = adapting.headed(self.config, self.trunk, self.task, key)
         lineage = dataclasses.replace(
             source.lineage, fingerprints={}, operations=(*source.lineage.operations, f"init(seed={seed}): from scratch")
         )
@@ -93,11 +94,12 @@ class Job:
         return init_state(self.model, params, self.labels, self.tx, key, mesh=self.mesh, sharding=self.sharding)
 
     def loader(self, split: str, *, seed: int = 0, train: bool = False) -> Loader:
-        """Batches of a split: shuffled without end to train on, or once in order."""
+        """Batches of a split: shuffled without end to train on, or once in order; of them the rows of this process."""
+        index, count = share(self.mesh)
         return batches(
             self.training if train else self.examples[split], batch=self.config.data.batch,
             buckets=self.config.buckets, shuffle=train, seed=seed, epochs=None if train else 1,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            process_index=index, process_count=count,
         )  # fmt: skip
 
     def budgeted(self, budget: int, seed: int) -> "Job":
@@ -108,22 +110,26 @@ class Job:
 
     @functools.cached_property
     def control(self) -> "Job":
-        """The same run for a start from scratch: all of it trains, for random layers that are frozen are no control."""
-        if groups.FROZEN not in flatten(self.labels).values():
+        """The same run for a start from scratch: all of the bare architecture trains.
+
+        Random layers that are frozen, packed or adapted would be no control.
+        """
+        adapt = self.config.adapt
+        if groups.FROZEN not in flatten(self.labels).values() and not adapt.adapters and not adapt.quantize:
             return self
-        how = trained(
-            self.config, self.task, self.model, abstract_init(self.model), self.steps, self.mesh, self.sharding,
-            thaw=True,
-        )  # fmt: skip
-        return dataclasses.replace(self, **how)
+        bare = abstract_init(self.model)
+        sharding = () if self.mesh is None else sharding_rules(self.mesh, self.model, bare)
+        how = trained(self.config, self.task, self.model, bare, self.steps, self.mesh, sharding, thaw=True)
+        return dataclasses.replace(self, **how, sharding=sharding)
 
     def rows(self) -> list[Row]:
         """What trains and what it costs."""
         return explain(self.adapted(self.config.run.seed).params, self.labels, self.groups)
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run folder this run's: its configuration but for ``out``, its source, its data."""
-        config = {key: value for key, value in _dotted(dataclasses.asdict(self.config)) if key != "out"}
+        """What makes a run folder this run's: its configuration but for its places, its source, its data."""
+        known = _dotted(dataclasses.asdict(self.config))
+        config = {key: value for key, value in known if key != "out" and not key.startswith("mesh.")}
         data = {f"data {split}": data.digest for split, data in self.data.items()}
         if self.before is not None:
             data |= {f"pretrain data {split}": data.digest for split, data in self.before.data.items()}
@@ -157,19 +163,18 @@ def prepare(config: Config, say: Say) -> Job:
     checks.check_vocabulary({TRAIN: training, **examples}, trunk.model)
     for note in dict.fromkeys(note for example in (training, *examples.values()) for note in example.notes):
         say(note)
-    source = headed(config, trunk, task, jax.random.key(config.run.seed))
+    source = adapting.begun(config, trunk, task, config.run.seed)
     checks.check_shapes(config, source, training)
     checks.check_budgets(config, task, data[TRAIN])
     epoch = -(-len(training) // config.data.batch)
     steps = config.run.steps or epoch * (config.run.epochs or 0)
     sharding = () if mesh is None else sharding_rules(mesh, source.model, source.params)
     how = trained(config, task, source.model, source.params, steps, mesh, sharding)
-    precision = jnp.dtype(config.run.precision)
-    evaluate = make_eval(source.model, observing(task), mesh=mesh, sharding=sharding, precision=precision)
+    adapting.check_labels(config, source, adapting.puts(config, trunk, task, config.run.seed), how["labels"])
     part = config.pretraining()
     return Job(
         config=config, trunk=trunk, task=task, processor=processor, data=data, training=training, examples=examples,
-        model=source.model, **how, evaluate=evaluate, steps=steps, epoch=epoch, mesh=mesh, sharding=sharding,
+        model=source.model, **how, steps=steps, epoch=epoch, mesh=mesh, sharding=sharding,
         before=None if part is None else prepare(part, say),
     )  # fmt: skip
 
@@ -185,30 +190,25 @@ def trained(
     *,
     thaw: bool = False,
 ) -> dict[str, Any]:
-    """What trains and how, ``labels``, ``groups``, ``tx`` and ``step``; ``thaw``: what would be frozen trains too."""
+    """What trains and how: ``labels``, ``groups``, ``tx``, ``step`` and ``evaluate``.
+
+    With ``thaw`` what would be frozen trains too.
+    """
     rules = recipe(config, model)
     labels = groups.labels_of(model, thawed(rules) if thaw else rules, params)
     checks.check_tied(model, labels)
-    how = optimizer_groups(config, labels, steps)
+    how = optimizer_groups(config, labels, steps, control=thaw)
     decay = config.optimizer.layer_decay
     scales = None if decay is None else groups.layerwise_decay(model, params, decay)
     tx = optimizer(labels, how, clip=config.optimizer.clip, scales=scales)
+    where = {"mesh": mesh, "sharding": sharding, "precision": jnp.dtype(config.run.precision)}
     step = make_step(
-        model, task.objective, tx, mesh=mesh, sharding=sharding, precision=jnp.dtype(config.run.precision),
-        remat=config.run.remat, accumulate=config.run.accumulate, augment=task.augment,
+        model, task.objective, tx, **where, remat=config.run.remat, accumulate=config.run.accumulate,
+        augment=task.augment,
     )  # fmt: skip
-    return {"labels": labels, "groups": how, "tx": tx, "step": step}
-
-
-def headed(config: Config, trunk: Source, task: Task, key: jax.Array) -> Source:
-    """The source under a fresh head, or under its own, untied where the configuration asks for it."""
-    source = swap_head(trunk, task.head, key) if task.fresh_head else trunk
-    if not config.adapt.untie:
-        return source
-    try:
-        return untie(source)
-    except ValueError as error:
-        raise ConfigError(f"adapt.{error}", "adapt.untie") from None
+    evaluate = make_eval(model, observing(task), **where)
+    compiled = {"step": in_step("step", step), "evaluate": in_step("evaluate", evaluate)}
+    return {"labels": labels, "groups": how, "tx": tx, **compiled}
 
 
 def observing(task: Task) -> Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]:

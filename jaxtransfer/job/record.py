@@ -16,6 +16,7 @@ from jaxtransfer.job import events, shown
 from jaxtransfer.job.prepare import RETAIN, Job
 from jaxtransfer.job.train import final_split
 from jaxtransfer.optim import Row
+from jaxtransfer.parallel.agreement import by_first
 from jaxtransfer.run import Progress
 from jaxtransfer.study import Curve, Study
 from jaxtransfer.tasks import Metric, Task, confusion, roc
@@ -143,6 +144,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file of the run is there as the first process sees it: all go by that, or they would part ways."""
+    return by_first(f"look for {path}", path.exists)
 
 
 def write_json(path: Path, value: Any) -> None:

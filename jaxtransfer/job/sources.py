@@ -1,27 +1,29 @@
 """From a configuration to its source, and where that is placed."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxtransfer.adapt.quantized import QuantizeError
 from jaxtransfer.config import Config, ConfigError
-from jaxtransfer.models import family
-from jaxtransfer.parallel import fsdp, make_mesh, shardings
+from jaxtransfer.job.adapting import quantize_error, quantized
+from jaxtransfer.parallel import make_mesh
+from jaxtransfer.parallel import sharding_rules as sharding_rules
 from jaxtransfer.source import SourceError, blank, load
 from jaxtransfer.tasks import Task
-from jaxtransfer.tree.paths import Params
-from jaxtransfer.tree.rules import Rules
-from jaxtransfer.types import Model, Source
+from jaxtransfer.tree.rules import RuleError
+from jaxtransfer.types import Source
 
 
 def load_source(config: Config, task: Task, mesh: Mesh | None, say: Any) -> Source:
     """What the task starts from, at the first reference that is there, straight onto the mesh.
 
-    The bare trunk for a task that puts a fresh head on it, else the source with its own head. Without weights where
-    none are asked for, or where they are still to be made by ``pretrain``.
+    The bare trunk for a task that puts a fresh head on it, else the source with its own head; quantised as it is read.
+    Without weights where none are asked for, or where they are still to be made by ``pretrain``.
 
     Raises:
       SourceError: the source ends in another head than the task needs, besides what `load` and `blank` raise.
@@ -39,9 +41,12 @@ def load_source(config: Config, task: Task, mesh: Mesh | None, say: Any) -> Sour
         }
         try:
             if source.init == "scratch" or config.pretrain is not None:
-                found = blank(ref, head=None if task.fresh_head else task.head, **options)
+                found = quantized(config, blank(ref, head=None if task.fresh_head else task.head, **options))
             else:
-                found = load(ref, head=None if task.fresh_head else "checkpoint", **options)
+                head = None if task.fresh_head else "checkpoint"
+                found = load(ref, head=head, quantize=config.adapt.quantize, **options)
+        except (RuleError, QuantizeError) as error:
+            raise quantize_error(error) from None
         except (SourceError, OSError) as error:
             failures.append(error)
             continue
@@ -71,21 +76,14 @@ def placed(mesh: Mesh | None) -> dict[str, Any]:
 def make_mesh_of(config: Config) -> Mesh | None:
     """The mesh over the first devices; None for one device."""
     shape = dataclasses.asdict(config.mesh)
-    count = shape["data"] * shape["fsdp"] * shape["tensor"]
+    count = math.prod(shape.values())
+    if jax.process_count() > 1 and count != jax.device_count():
+        raise ConfigError(
+            f"mesh: {shape} is of {count} devices, but the {jax.process_count()} processes have {jax.device_count()}; "
+            "make it as large", "mesh",
+        )  # fmt: skip
     if count == 1:
         return None
     if count > jax.device_count():
         raise ConfigError(f"mesh: {shape} needs {count} devices, there are {jax.device_count()}", "mesh")
     return make_mesh(**shape, devices=jax.devices()[:count])
-
-
-def sharding_rules(mesh: Mesh, model: Model, params: Params) -> Rules:
-    """How parameters, concrete or abstract, are placed: the family's rules for ``tensor``, the generic for ``fsdp``.
-
-    Raises:
-      ShardingError: a leaf that does not divide.
-    """
-    tensor = family(model.family).tensor_rules if mesh.shape["tensor"] > 1 else ()
-    rules = (*tensor, *fsdp(params, mesh))
-    shardings(params, mesh, rules)
-    return rules

@@ -10,6 +10,7 @@ from jaxtransfer.job import events, record
 from jaxtransfer.job.checks import class_numbers
 from jaxtransfer.job.prepare import TRAIN, Job
 from jaxtransfer.job.train import final_split, score
+from jaxtransfer.parallel.agreement import by_first, is_first
 from jaxtransfer.run import Stop
 
 FOLDER = "study"
@@ -53,13 +54,14 @@ def curve(job: Job, out: Path, stop: Stop, screen: events.Screen) -> study.Curve
 
 def _fit(job: Job, path: Path, stop: Stop, screen: events.Screen, more: str = "") -> float:
     """The metric of one seed, ``KIND-SEED.json``; trained where its file is not there yet, so a stop costs one fit."""
-    if not path.exists():
+    if not record.is_there(path):
         kind, _, seed = path.stem.partition("-")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
         trace: list[Any] = []
         title = f"{'transfer' if kind == 'transfer' else f'from {kind}'}, seed {seed}{more}"
         callbacks = [events.memory(trace), screen.titled(title, job.steps)]
         scratch = kind != "transfer"
         value = score(job.control if scratch else job, int(seed), scratch=scratch, stop=stop, callbacks=callbacks)
-        record.write_json(path, {"value": value, "events": trace})
+        by_first(f"write {path}", lambda: record.write_json(path, {"value": value, "events": trace}))
     return json.loads(path.read_text(encoding="utf-8"))["value"]

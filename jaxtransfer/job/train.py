@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtransfer import checkpoint
@@ -44,7 +45,7 @@ class Memory:
 
     def save(self, step: int, state: State, frozen: Params, extra: Mapping[str, Any] | None = None) -> None:
         """Remembers a state."""
-        kept = jax.tree.map(lambda x: np.array(x), (state.params, state.stats))
+        kept = jax.tree.map(_kept, (state.params, state.stats))
         self._last = dataclasses.replace(state, params=kept[0], stats=kept[1], opt_state=())
 
     def protect(self, step: int) -> None:
@@ -53,6 +54,11 @@ class Memory:
 
     def wait(self) -> None:
         """Nothing is under way."""
+
+
+def _kept(leaf: jax.Array) -> Any:
+    """A copy in host memory; of what lies on several processes, where it is."""
+    return np.array(leaf) if leaf.is_fully_addressable else jnp.copy(leaf)
 
 
 def train(
@@ -128,9 +134,13 @@ def finished(job: Job, seed: int, state: State, frozen: Params, progress: Progre
 
 def saved_best(job: Job, root: Path, like: tuple[State, Params], progress: Progress) -> tuple[State, Params]:
     """The best step's state from its checkpoint; the last one where nothing was evaluated."""
-    at = progress.best_batch if progress.best_batch is not None else progress.batch
     lineage = job.adapted(job.config.run.seed).lineage
     state, frozen, _ = checkpoint.restore(
-        root / str(at), like=like, mesh=job.mesh, sharding=job.sharding, lineage=lineage
+        root / str(best_step(progress)), like=like, mesh=job.mesh, sharding=job.sharding, lineage=lineage
     )
     return state, frozen
+
+
+def best_step(progress: Progress) -> int:
+    """The best step; the last one where nothing was evaluated."""
+    return progress.batch if progress.best_batch is None else progress.best_batch

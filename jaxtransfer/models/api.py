@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtransfer.models import slots as slot
+from jaxtransfer.models.projection import PROJECTION
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.diff import TreeError
 from jaxtransfer.tree.paths import Params, flatten, weight_path
@@ -134,6 +135,7 @@ def apply(
     remat: str | None = None,
     dtype: Any = jnp.float32,
     constrain: Callable[[jax.Array], jax.Array] | None = None,
+    also: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs the whole model.
 
@@ -147,6 +149,7 @@ def apply(
       remat: None, ``"full"`` or ``"dots"``: what the backward pass recomputes.
       dtype: of activations; weights are cast where they are used.
       constrain: applied to activations between stages (a sharding constraint).
+      also: entries of the carry that are returned as well where there are any: `PROJECTION`.
 
     Returns:
       The model's outputs by Hugging Face's names; ``"captured"`` where asked for; ``"stats"``, a tree of new running
@@ -165,7 +168,7 @@ def apply(
         constrain=constrain,
     )  # fmt: skip
     outputs = {name: carry[entry] for entry, name in model.outputs.items() if entry in carry}
-    for name in ("captured", STATS, *([] if cache is None else [CACHE])):
+    for name in ("captured", STATS, *([] if cache is None else [CACHE]), *also):
         if name in carry:
             outputs[name] = carry[name]
     return outputs
@@ -321,10 +324,13 @@ class _How:
         )
 
     def cast(self, name: str, x: Any) -> Any:
-        """Activations in their dtype and place; a cache has its own."""
-        if name == CACHE:
+        """Activations in their dtype and place; a cache has its own, and so have a projection's factors.
+
+        Logits have no stage behind them: they stay split over a vocabulary that is.
+        """
+        if name in (CACHE, PROJECTION):
             return x
-        return jax.tree.map(self._cast, x)
+        return jax.tree.map(self.in_dtype if name == "logits" else self._cast, x)
 
     def in_dtype(self, x: Any) -> Any:
         return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x

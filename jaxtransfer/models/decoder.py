@@ -18,6 +18,7 @@ from jaxtransfer.models.causal import empty_cache
 from jaxtransfer.models.encoder import mean_pool
 from jaxtransfer.models.layers import ACTIVATIONS, Linear, dropout, split
 from jaxtransfer.models.names import Drop, Entry, linear
+from jaxtransfer.models.projection import PROJECTION, Projection
 from jaxtransfer.models.registry import MUST, ConfigFieldError, read_fields, with_head
 from jaxtransfer.models.rope import Rope
 from jaxtransfer.models.slots import PROMPTED, with_prompt
@@ -169,8 +170,8 @@ class LMHead(nnx.Module):
 
     def __call__(self, carry: Carry, key: jax.Array | None, tied: Any = None) -> Carry:
         kernel = weights.transpose(tied) if self.decoder is None else self.decoder.kernel.get_value()
-        logits = weights.linear(carry["hidden"], kernel, None, key)
-        return {"logits": logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)}
+        projection = Projection(carry["hidden"], kernel, key=key, cap=self.cap)
+        return {"logits": projection.logits(), PROJECTION: projection}
 
 
 class Classifier(nnx.Module):
@@ -244,7 +245,8 @@ def head_stages(name: str, c: DecoderConfig, head: Head) -> Sequence[Stage]:
         raise ValueError(f"pooling {head.pooling!r}: a {head.kind} head takes {'mean or ' if pooled else ''}None")
     if head.kind == "causal-lm":
         reads = ("embed/word/embedding",) if c.tie_word_embeddings else ()
-        return stages_of(["head"], lambda rngs: LMHead(c, rngs), LMHead.__call__, writes=("logits",), reads=reads)
+        writes = ("logits", PROJECTION)
+        return stages_of(["head"], lambda rngs: LMHead(c, rngs), LMHead.__call__, writes=writes, reads=reads)
     if not head.labels:
         raise ValueError(f"a {head.kind} head needs labels")
     return stages_of(["head"], lambda rngs: Classifier(c, head, rngs), how[head.kind], writes=("logits",))

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtransfer.models import slots
 from jaxtransfer.models.api import stages_of
 from jaxtransfer.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, attention, dropout, split
+from jaxtransfer.models.projection import PROJECTION, Projection
 from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.tree import weights
 from jaxtransfer.types import Carry, Head, Model, Stage
@@ -252,7 +253,8 @@ class LMHead(nnx.Module):
         kd, ko = split(key, 2)
         x = self.norm(ACTIVATIONS[self.activation](self.dense(carry["hidden"], kd)))
         kernel = weights.transpose(tied) if self.decoder is None else self.decoder.kernel.get_value()
-        return {"logits": weights.linear(x, kernel, self.bias.get_value(), ko)}
+        projection = Projection(x, kernel, self.bias.get_value(), ko)
+        return {"logits": projection.logits(), PROJECTION: projection}
 
 
 def build(name: str, c: EncoderConfig, v: Variant, head: Head | None, *, pooler: bool) -> Model:
@@ -303,7 +305,8 @@ def head_stages(name: str, c: EncoderConfig, v: Variant, head: Head) -> Sequence
         return stages_of(names, lambda rngs: TokenHead(c, 2, c.qa_dropout, rngs), TokenHead.span, writes=spans)
     if head.kind == "masked-lm":
         reads = ("embed/word/embedding",) if c.tie_word_embeddings else ()
-        return stages_of(names, lambda rngs: LMHead(c, v, rngs), LMHead.__call__, writes=out, reads=reads)
+        written = (*out, PROJECTION)
+        return stages_of(names, lambda rngs: LMHead(c, v, rngs), LMHead.__call__, writes=written, reads=reads)
     kinds = "sequence-classification, token-classification, question-answering, masked-lm"
     raise ValueError(f"{name} has no head of kind {head.kind!r}; it has {kinds}, or give the head's own stages")
 

@@ -130,15 +130,17 @@ def attention(
       softcap: scores become ``c tanh(scores / c)`` (Gemma 2).
     """
     d, kv_heads = q.shape[-1] // heads, kv_heads or heads
-    q = q.reshape(*q.shape[:-1], kv_heads, heads // kv_heads, d) * (d**-0.5 if scale is None else scale)
+    # For heads that share nothing an axis of length one would cost copies of the scores: XLA moves the others about it.
+    g, sizes = ("", (heads,)) if heads == kv_heads else ("g", (kv_heads, heads // kv_heads))
+    q = q.reshape(*q.shape[:-1], *sizes, d) * (d**-0.5 if scale is None else scale)
     k, v = (x.reshape(*x.shape[:-1], kv_heads, d) for x in (k, v))
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=at_least_float32(q.dtype))
+    scores = jnp.einsum(f"btk{g}d,bskd->bk{g}ts", q, k, preferred_element_type=at_least_float32(q.dtype))
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    mask = mask[:, None, None, None, :] if mask.ndim == 2 else mask[:, None, None]
+    mask = jnp.expand_dims(mask, (*range(1, 1 + len(sizes)), *([-2] if mask.ndim == 2 else [])))
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     probs = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
-    y = jnp.einsum("bkgts,bskd->btkgd", probs, v)
+    y = jnp.einsum(f"bk{g}ts,bskd->btk{g}d", probs, v)
     return y.reshape(*y.shape[:2], heads * d)
 
 

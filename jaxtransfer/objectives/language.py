@@ -1,11 +1,14 @@
 """The loss of a language model, for logits that are the largest array of a step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxtransfer.objectives.losses import IGNORE, Objective, weighted_mean
+from jaxtransfer.models.projection import PROJECTION
+from jaxtransfer.objectives.chunked import chunk_count, chunked, map_chunks
+from jaxtransfer.objectives.losses import IGNORE, Objective
 from jaxtransfer.types import View
 
 
@@ -57,17 +60,27 @@ def _at(labels: jax.Array, logits: jax.Array) -> jax.Array:
 token_losses.defvjp(_forward, _backward)
 
 
-def language_model(label_smoothing: float = 0.0, z_loss: float = 0.0) -> Objective:
+def losses_of(outputs: Mapping[str, Any], labels: jax.Array) -> jax.Array:
+    """Cross-entropy of every token, (B, T), from a model's outputs, in chunks where it pays; for evaluation."""
+    projection = outputs.get(PROJECTION)
+    if projection is None or (count := chunk_count(projection)) == 1:
+        return token_losses(outputs["logits"], labels)[0]
+    return map_chunks(lambda logits, labels: token_losses(logits, labels)[0], projection, labels, count)
+
+
+def language_model(label_smoothing: float = 0.0, z_loss: float = 0.0, *, chunks: int | None = None) -> Objective:
     """Mean cross-entropy of the tokens that count: ``sum_i w_i CE_i / sum_i w_i``.
 
     The view's ``outputs["logits"]`` are (B, T, V). Its batch has ``labels`` (B, T) that are aligned with them, so that
     ``labels[:, t]`` is the token after that at t; those equal to `IGNORE` weigh nothing, the others as much as their
-    row's ``weight`` (B,).
+    row's ``weight`` (B,). Where the logits would be large, and the view has what they are a ``projection`` of, the loss
+    is summed over `chunked` logits, and they never exist whole.
 
     Args:
       label_smoothing: s in [0, 1): ``CE = (1 - s) (log Z - z_label) + s (log Z - mean z)``.
       z_loss: c >= 0: adds ``c (log Z)^2`` to the loss of a token, which keeps the logits from drifting (Chowdhery et
         al. 2022, arXiv:2204.02311, section 5).
+      chunks: the number of chunks; None is as many as pay, see `chunk_count`.
 
     Returns:
       An objective whose metrics are ``weight``, the number of tokens that count, ``loss`` and ``accuracy``.
@@ -79,16 +92,31 @@ def language_model(label_smoothing: float = 0.0, z_loss: float = 0.0) -> Objecti
         raise ValueError(f"label_smoothing: must be in [0, 1), got {label_smoothing}")
     if z_loss < 0:
         raise ValueError(f"z_loss: must be at least 0, got {z_loss}")
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"chunks: must be at least 1, got {chunks}")
 
-    def objective(view: View) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits, labels = view.outputs["logits"], view.batch["labels"]
+    def sums(logits: jax.Array, labels: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Loss and accuracy as sums over tokens, of which those of share 0 may be no number."""
         losses, log_z, mean = token_losses(logits, labels)
         if label_smoothing:
             losses = (1.0 - label_smoothing) * losses + label_smoothing * (log_z - mean)
         if z_loss:
             losses = losses + z_loss * log_z * log_z
         hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        loss, accuracy = (jnp.sum(jnp.where(share > 0, values * share, 0.0)) for values in (losses, hits))
+        return loss, accuracy
+
+    def objective(view: View) -> tuple[jax.Array, dict[str, jax.Array]]:
+        labels = view.batch["labels"]
+        projection: Any = view.outputs.get(PROJECTION)
         weight = jnp.where(labels == IGNORE, 0.0, view.batch["weight"].astype(jnp.float32)[:, None])
-        return weighted_mean(losses, hits, jnp.ones_like(losses), weight)
+        total = jnp.sum(jnp.where(weight > 0, weight, 0.0))
+        share = weight / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        count = 1 if projection is None else chunks or chunk_count(projection)
+        if projection is None or count == 1:
+            loss, accuracy = sums(view.outputs["logits"], labels, share)
+        else:
+            loss, accuracy = chunked(sums, projection, labels, share, count)
+        return loss, {"weight": total, "loss": loss, "accuracy": accuracy}
 
     return objective

@@ -1,4 +1,10 @@
-"""Meshes of three axes: ``data`` (copies), ``fsdp`` (parameters split, gathered for use), ``tensor`` (layers split)."""
+"""Meshes of four axes.
+
+* ``data``: copies, each with rows of its own;
+* ``fsdp``: rows as well, and parameters split between uses of them;
+* ``sequence``: the tokens of a row split; a layer gathers keys and values;
+* ``tensor``: layers split, by heads and by features. Its devices are the nearest neighbours, as they talk most.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,25 +12,53 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
 """The axes over which the rows of a batch are split."""
+SEQUENCE = "sequence"
+"""The axis over which the tokens of a row are split."""
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes ``data``, ``fsdp``, ``tensor``, each of automatic type (XLA propagates shardings).
+class ShardingError(ValueError):
+    """A mesh or a spec that does not fit the devices, the model or a leaf; the message names which."""
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh with the axes ``data``, ``fsdp``, ``sequence``, ``tensor``, all automatic: XLA propagates shardings.
 
     Raises:
-      ValueError: an axis is not positive, or the axes' product is not the number of devices.
+      ShardingError: an axis is not positive, or the axes' product is not the number of devices.
 
     Example:
       >>> make_mesh(devices=jax.devices()[:1]).axis_names
-      ('data', 'fsdp', 'tensor')
+      ('data', 'fsdp', 'sequence', 'tensor')
     """
     devices = list(jax.devices() if devices is None else devices)
-    if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
-        raise ValueError(
-            f"mesh data {data} x fsdp {fsdp} x tensor {tensor} needs {data * fsdp * tensor} devices, there are "
-            f"{len(devices)}"
+    shape = (data, fsdp, sequence, tensor)
+    count = data * fsdp * sequence * tensor
+    if min(shape) < 1 or count != len(devices):
+        told = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ShardingError(f"mesh {told} needs {count} devices, there are {len(devices)}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_automatic(mesh: Any) -> None:
+    """Raises :class:`ShardingError` for a mesh with an axis along which XLA may not propagate shardings."""
+    odd = [
+        (axis, kind.name) for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind.name != "Auto"
+    ]
+    if odd:
+        raise ShardingError(
+            f"the mesh's axis {odd[0][0]!r} is {odd[0][1]}, and rules shard along automatic ones: make it by "
+            "make_mesh, or by jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parts(mesh: Any, *axes: str) -> int:
+    """Into how many parts a dimension is cut along axes of a mesh; those that it has not count as 1."""
+    count = 1
+    for axis in axes:
+        count *= mesh.shape.get(axis, 1)
+    return count

@@ -9,14 +9,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtransfer.parallel.mesh import ShardingError as ShardingError
+from jaxtransfer.parallel.mesh import check_automatic, parts
 from jaxtransfer.tree.paths import flatten, map_with_path
 from jaxtransfer.tree.rules import Rule, Rules, match_paths, winning_rules
 from jaxtransfer.tree.stacks import layers_of, stacked_length
 from jaxtransfer.tree.weights import Weight, is_weight
-
-
-class ShardingError(ValueError):
-    """A spec that does not fit its leaf or the mesh; the message names the leaf."""
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -27,15 +25,17 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
     Raises:
       ShardingError: a dimension does not divide by its mesh axes, a spec is longer than its leaf's rank or names an
-        axis that the mesh has not, or the layers of one stack are given different specs.
+        axis that the mesh has not, the layers of one stack are given different specs, or an axis is not automatic.
       RuleError: a rule matches nothing.
     """
+    check_automatic(mesh)
     specs = match_paths(rules, [layer for path in flatten(tree) for layer in layers_of(path)], default=P())
-    named = winning_rules([rule for rule in rules if "@" in rule[0]], list(specs))
+    winners = winning_rules(rules, list(specs))
     parts = _parts(tree)
 
     def spec_of(path: str, layer: str, leaf: Any, stacked: bool) -> P:
-        if path not in parts or named[layer] is not None:
+        index = winners[layer]
+        if path not in parts or (index is not None and "@" in rules[index][0]):
             return specs[layer]
         return parts[path](specs[layer], tuple(np.shape(leaf))[stacked:], mesh)
 
@@ -85,7 +85,7 @@ def _parts(tree: Any) -> dict[str, _Derive]:
 
 
 def _count(mesh: Mesh, axes: Any) -> int:
-    return int(np.prod([mesh.shape.get(name, 1) for name in _names(axes)]))
+    return parts(mesh, *_names(axes))
 
 
 def _sharding(path: str, leaf: Any, mesh: Mesh, spec: P, stacked: bool) -> NamedSharding:

@@ -1,5 +1,6 @@
 """`load`: a reference becomes a Source, every tensor used or dropped for a reason, straight to the devices."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,9 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtransfer.adapt.quantized import abstract, methods_of, note
 from jaxtransfer.models.api import abstract_init
 from jaxtransfer.models.names import turn
 from jaxtransfer.models.registry import Family, family, labels_of, load_plan
+from jaxtransfer.parallel import distributed
 from jaxtransfer.source import orbax_folder, placing
 from jaxtransfer.source.card import read_card, text_of
 from jaxtransfer.source.orbax_folder import sha256
@@ -40,6 +43,7 @@ def load(
     mesh: Mesh | None = None,
     sharding: Sharding = (),
     dtype: Any = None,
+    quantize: Rules = (),
     revision: str | None = None,
     ignore: Collection[str] = (),
 ) -> Source:
@@ -58,6 +62,8 @@ def load(
         them; what no rule matches is replicated. Each process reads only the parts of the tensors that its own devices
         hold.
       dtype: of floating-point parameters; None keeps what is stored.
+      quantize: rules, path -> ``"int8"``, ``"nf4"`` or None: what `adapt.quantize` would make of the parameters, leaf
+        by leaf while they are read, so that the model is at no time and nowhere in full precision.
       revision: branch, tag or commit of a hub id; the commit that it stands for is recorded in the lineage.
       ignore: fields of ``config.json`` to accept unread, where loading refuses an unknown one.
 
@@ -67,18 +73,12 @@ def load(
       HubError: the hub did not give the model.
       ConfigFieldError: an unsupported configuration; names the field.
       MappingError, TreeError: missing, extra or misshapen tensors, all listed.
-      ShardingError: a rule's spec does not divide its leaf.
+      ShardingError: a rule's spec does not divide its leaf, or cuts a quantised leaf's blocks.
+      RuleError, QuantizeError: ``quantize``; as `adapt.quantize`.
     """
     if isinstance(head, Head):
-        how = {
-            "config": config,
-            "mesh": mesh,
-            "sharding": sharding,
-            "dtype": dtype,
-            "revision": revision,
-            "ignore": ignore,
-        }
-        return _with_new_head(head, key, ref, how)
+        where = {"mesh": mesh, "sharding": sharding, "dtype": dtype, "quantize": quantize}
+        return _with_new_head(head, key, ref, {"config": config, **where, "revision": revision, "ignore": ignore})
     if head not in ("checkpoint", None) or key is not None:
         raise SourceError(f"head={head!r}: expected 'checkpoint', None, or a Head with a key to draw it from")
     found = resolve(os.fspath(ref), revision, config=config)
@@ -86,7 +86,7 @@ def load(
     if MARKER in found.files:
         record = read_object(found.files[MARKER], MARKER_BYTES, SourceError)
         if record.get("format") == "orbax":
-            return _from_orbax(found, raw, kind, record, head, mesh, sharding, dtype, ignore)
+            return _from_orbax(found, raw, kind, record, head, mesh, sharding, dtype, quantize, ignore)
     tensors = open_weights(found.files)
     wanted = None if head is None else checkpoint_head(kind, raw, found.ref)
     pooler = any(re.search(r"(^|\.)pooler\.", name) for name in tensors)
@@ -96,17 +96,28 @@ def load(
     views = {path: turn(tensors[name].read(name), how) for path, (name, how) in plan.used.items()}
     views |= {path: np.zeros(expected[path].shape, expected[path].dtype) for path in plan.zeros}
     diff(expected, views, dtypes=False).check(f"{found.ref}: the tensors do not fit {CONFIG}")
-    where = placing.shardings(expected, mesh, _rules(sharding, model, expected))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        weights = sorted({file.path for file in tensors.values()})
-        # Every process hashes every file, though it copies only its own parts: the digest is the source's identity.
-        hashes = {path.name: pool.submit(sha256, path) for path in weights}
-        flat = placing.arrays(views, where, dtype, pool, found.ref)
+    types = {path: placing.target(path, view.dtype, dtype) for path, view in views.items()}
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, types[path]) for path, leaf in expected.items()}
+    methods, kept = _quantized(quantize, leaves)
+    where = placing.shardings(kept, mesh, _rules(sharding, model, kept))
+    weights = sorted({file.path for file in tensors.values()})
+    apart = mesh is not None and mesh.is_multi_process  # each process then hashes its share of the files
+    mine = weights[jax.process_index() :: jax.process_count()] if apart else weights
+    with contextlib.ExitStack() as stack:
+        if apart:
+            stack.enter_context(distributed.together(f"load {found.ref}", error=SourceError))
+        pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
+        hashes = {path.name: pool.submit(sha256, path) for path in mine}
+        flat = placing.arrays(views, types, where, methods, pool, found.ref)
         files = {name: future.result() for name, future in hashes.items()}
+    if apart:
+        told = distributed.gathered(f"hashes of {found.ref}", json.dumps(files))
+        files = {name: value for part in told for name, value in json.loads(part).items()}
     _check_hashes(found, files)
     listing = "\n".join(f"{name} {files[name]}" for name in sorted(files))
     params = unflatten({path: flat[path] for path in expected})
-    lineage = Lineage(found.ref, hashlib.sha256(listing.encode()).hexdigest(), files, dropped=dict(plan.dropped))
+    digest, operations = hashlib.sha256(listing.encode()).hexdigest(), _operations(methods)
+    lineage = Lineage(found.ref, digest, files, dropped=dict(plan.dropped), operations=operations)
     return described(Source(model, params, lineage), found, raw)
 
 
@@ -158,6 +169,7 @@ def _from_orbax(
     mesh: Mesh | None,
     sharding: Sharding,
     dtype: Any,
+    quantize: Rules,
     ignore: Collection[str],
 ) -> Source:
     if dtype is not None:
@@ -166,14 +178,30 @@ def _from_orbax(
     stored = orbax_folder.head_of(record.get("head"), found.ref)
     there, dropped = orbax_folder.stored_paths(found.folder, found.ref), {}
     model = kind.build(raw, stored, pooler=any(path.startswith("pooler/") for path in there), ignore=ignore)
-    rules = _rules(sharding, model, flatten(abstract_init(model)))
-    params = orbax_folder.read(found.folder, model, record, found.ref, mesh, rules)
+    expected = flatten(abstract_init(model))
+    diff(expected, there, dtypes=False).check(f"{found.ref}: the stored parameters do not fit the configuration")
+    leaves = {path: jax.ShapeDtypeStruct(there[path].shape, np.dtype(there[path].dtype)) for path in expected}
     if head is None and stored is not None:
-        model = kind.build(raw, None, pooler="pooler" in params, ignore=ignore)
         dropped = {path: "the head of another task" for path in there if path.startswith("head/")}
-        params = {name: node for name, node in params.items() if name != "head"}
-    lineage = Lineage(found.ref, record["digest"], dropped=dropped)
+    methods, kept = _quantized(quantize, {path: leaf for path, leaf in leaves.items() if path not in dropped})
+    kept = {**leaves, **kept}
+    where = placing.shardings(kept, mesh, _rules(sharding, model, kept))
+    flat = orbax_folder.read(found.folder, leaves, where, methods, record, found.ref)
+    params = unflatten({path: leaf for path, leaf in flat.items() if path not in dropped})
+    if dropped:
+        model = kind.build(raw, None, pooler="pooler" in params, ignore=ignore)
+    lineage = Lineage(found.ref, record["digest"], dropped=dropped, operations=_operations(methods))
     return described(Source(model, params, lineage), found, raw)
+
+
+def _quantized(rules: Rules, leaves: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """How leaves are quantised, by path, and all of them as they will be kept, abstract."""
+    methods = methods_of(rules, leaves)
+    return methods, {**leaves, **{path: abstract(path, leaves[path], method) for path, method in methods.items()}}
+
+
+def _operations(methods: Mapping[str, str]) -> tuple[str, ...]:
+    return (note(methods),) if methods else ()
 
 
 def _rules(sharding: Sharding, model: Model, expected: Mapping[str, Any]) -> Rules:

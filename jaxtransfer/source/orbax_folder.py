@@ -5,21 +5,19 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
-from jaxtransfer.models.api import abstract_init
-from jaxtransfer.source.placing import shardings
+from jaxtransfer.adapt.quantized import quantized
+from jaxtransfer.source.placing import of_whole
 from jaxtransfer.source.resolve import MARKER, SourceError
 from jaxtransfer.source.strictjson import printable
-from jaxtransfer.tree import diff, digest, flatten, unflatten
-from jaxtransfer.tree.rules import Rules
-from jaxtransfer.types import Head, Model
+from jaxtransfer.tree import flatten, unflatten
+from jaxtransfer.tree.fingerprint import digest_of
+from jaxtransfer.types import Head
 
 FOLDER = "params"
 
@@ -74,32 +72,53 @@ def stored_paths(folder: Path, ref: str) -> dict[str, Any]:
         return flatten(ocp.metadata(str((folder / FOLDER).resolve())).metadata)
 
 
-def read(folder: Path, model: Model, record: Mapping[str, Any], ref: str, mesh: Mesh | None, rules: Rules) -> Any:
-    """Parameters written by :func:`write`, placed by rules.
+def read(
+    folder: Path,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    where: Mapping[str, Any],
+    methods: Mapping[str, str],
+    record: Mapping[str, Any],
+    ref: str,
+) -> dict[str, Any]:
+    """Parameters written by :func:`write`, each on its devices; those to be quantised are read one by one.
 
     Orbax reads most damaged bytes back without a word, hence the comparison with the recorded digest.
 
+    Args:
+      leaves: path -> what is stored, all of it, in natural order.
+      where: of `placing.shardings`.
+      methods: path -> how the leaf is quantised, where it is.
+
     Raises:
-      TreeError: missing, extra or misshapen leaves.
       SourceError: damaged files, or values that are not those that were written.
     """
     from orbax.checkpoint import v1 as ocp
 
-    expected, there = flatten(abstract_init(model)), stored_paths(folder, ref)
-    diff(expected, there, dtypes=False).check(f"{ref}: the stored parameters do not fit the configuration")
-    where = shardings(expected, mesh, rules)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = {
-        path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=where[path] or default)
-        for path, leaf in there.items()
-    }
-    with _quiet(), _damage(ref):
-        params = ocp.load(str((folder / FOLDER).resolve()), unflatten({path: like[path] for path in expected}))
-    if digest(params) != record.get("digest"):
+
+    def some(paths: Iterable[str]) -> dict[str, jax.Array]:
+        like: dict[str, Any] = dict.fromkeys(leaves, ocp.PLACEHOLDER)
+        for path in paths:
+            leaf, sharding = leaves[path], of_whole(where[path]) or default
+            like[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        with _quiet(), _damage(ref):
+            found = flatten(ocp.load(str((folder / FOLDER).resolve()), unflatten(like)))
+        return {path: found[path] for path in paths}
+
+    made: dict[str, Any] = some([path for path in leaves if path not in methods])
+
+    def in_order() -> Iterator[tuple[str, jax.Array]]:
+        for path in leaves:
+            leaf = some([path])[path] if path in methods else made[path]
+            yield path, leaf
+            if path in methods:
+                made[path] = jax.block_until_ready(quantized(path, leaf, methods[path], where=where[path]))
+
+    if digest_of(in_order()) != record.get("digest"):
         raise SourceError(
             f"{ref}: the parameters are not those that were exported: another digest; the files are damaged"
         )
-    return params
+    return {path: made[path] for path in leaves}
 
 
 def head_record(head: Head | None) -> dict[str, Any] | None:

@@ -20,37 +20,16 @@ from jaxtransfer.adapt.subtrees import held_in
 from jaxtransfer.adapt.vera import VeRA
 from jaxtransfer.models.names import turn
 from jaxtransfer.models.registry import family
-from jaxtransfer.source.peft_forms import PARTS, VERA, PeftError, adapter_of, fields_of, matrices_of, tensors_of
-from jaxtransfer.source.resolve import MARKER
+from jaxtransfer.source.peft_config import CONFIG, TASKS, WEIGHTS, PeftError, check_base, read_config
+from jaxtransfer.source.peft_forms import PARTS, VERA, adapter_of, fields_of, matrices_of, tensors_of
 from jaxtransfer.source.safetensors import TensorFile
-from jaxtransfer.source.strictjson import CONFIG_BYTES, MARKER_BYTES, read_object
 from jaxtransfer.source.writer import write, write_text
 from jaxtransfer.tree import fingerprint
 from jaxtransfer.tree.paths import flatten, unflatten
 from jaxtransfer.tree.weights import SHARED, is_weight
 from jaxtransfer.types import Source
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT, THEIR_PROMPT = "embed/prompt/embedding", "prompt_embeddings"
-_TASKS = {
-    "sequence-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "question-answering": "QUESTION_ANS",
-    "causal-lm": "CAUSAL_LM",
-}
-_READ = {
-    "LORA": "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern",
-    "IA3": "feedforward_modules",
-    "VERA": "r vera_dropout save_projection projection_prng_key d_initial init_weights",
-    "PROMPT_TUNING": """num_virtual_tokens token_dim num_attention_heads num_layers prompt_tuning_init
-        prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs""",
-}
-_HARMLESS = """
-    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
-    exclude_modules modules_to_save init_lora_weights init_ia3_weights layers_to_transform layers_pattern fan_in_fan_out
-    megatron_core qalora_group_size"""
-_OFF: tuple[Any, ...] = (None, False, {}, [], "none")
-"""What a field that is not supported must be: PEFT's own value for "not used"."""
 
 
 def write_adapter(source: Source, folder: Path, *, base: str | None = None) -> None:
@@ -74,20 +53,54 @@ def write_adapter(source: Source, folder: Path, *, base: str | None = None) -> N
     modules = {path: _module(rows[path][0]) for path in adapted}
     saved = _new_leaves(source, nodes)
     fields = _prompt_fields(source, flat[PROMPT]) if inside else fields_of(adapted, modules)
+    fields |= _tying(source, modules) | _keeping(source, modules, {path: rows[path][0] for path in saved})
+    if any(rows[path][1] == "same" and path.endswith("/kernel") for path in adapted):
+        fields["fan_in_fan_out"] = True  # their modules keep (in, out) as ours do
     tensors = {THEIR_PROMPT: np.asarray(flat[PROMPT])} if inside else _tensors(flat, adapted, modules)
     for path in saved:
         name, how = rows[path]
         tensors[_prefix(fields["peft_type"]) + name] = turn(np.asarray(nodes[path]), how, back=True)
     write(folder / WEIGHTS, {name: np.ascontiguousarray(array) for name, array in tensors.items()}, {"format": "pt"})
-    head = source.model.head
-    record = {
-        "base_model_name_or_path": source.lineage.ref if base is None else base,
-        "inference_mode": True,
-        "task_type": None if head is None else _TASKS.get(head.kind),
-        **fields,
-        "modules_to_save": sorted({_module(rows[path][0]) for path in saved}) or None,
-    }
+    record = {"base_model_name_or_path": source.lineage.ref if base is None else base, "inference_mode": True, **fields}
     write_text(folder / CONFIG, json.dumps(record, indent=2))
+
+
+def _keeping(source: Source, modules: Mapping[str, str], saved: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that say which modules are kept whole, and the task, by which PEFT keeps the head whole itself.
+
+    Raises:
+      PeftError: part of an adapted module was trained beside its adapter.
+    """
+    if both := [path for path, theirs in saved.items() if _module(theirs) in modules.values()]:
+        raise PeftError(
+            f"export: {both[0]} was trained beside the adapter on its kernel; PEFT has a module adapted or whole: "
+            "merge that adapter, or freeze the bias"
+        )
+    head, on_head = source.model.head, any(path.startswith("head/") for path in modules)
+    whole = {t.split(".")[0] if p.startswith("head/") and not on_head else _module(t) for p, t in saved.items()}
+    task = None if head is None or on_head else TASKS.get(head.kind)
+    return {"task_type": task, "modules_to_save": sorted(whole) or None}
+
+
+def _readers(source: Source) -> dict[str, str]:
+    """Path -> the stage that reads it though it is another's: a tied head, of the embedding."""
+    return {path: stage.name for stage in source.model.stages for path in stage.reads}
+
+
+def _tying(source: Source, modules: Mapping[str, str]) -> dict[str, Any]:
+    """The field that ties a head's adapter to that of the embedding which it reads.
+
+    Raises:
+      PeftError: PEFT would adapt the embedding alone.
+    """
+    tied = {path: stage for path, stage in _readers(source).items() if path in modules}
+    for path, stage in tied.items():
+        if modules[path].rpartition(".")[2] != "embed_tokens":
+            raise PeftError(
+                f"export: stage {stage} reads {path}, and PEFT would adapt {modules[path]} alone: untie(source) before "
+                "adapters are attached"
+            )
+    return {"ensure_weight_tying": True} if tied else {}
 
 
 def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Source:
@@ -102,9 +115,9 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
       PeftError: a field or method that is not supported, by name; tensors without a place, or of other shapes.
     """
     folder = Path(folder)
-    raw = read_object(folder / CONFIG, CONFIG_BYTES, PeftError)
-    kind = _checked_config(raw, folder)
-    _check_base(source, folder)
+    raw = read_config(folder)
+    kind = raw["peft_type"]
+    check_base(source, folder)
     file = TensorFile(folder / WEIGHTS)
     tensors = {key: file.read(key) for key in file.tensors}
     table = family(source.model.family).names(source.model)
@@ -112,6 +125,11 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
     rows = table.export_names(_own(source, flat), with_prefix=source.model.head is not None)
     plain, parts = _placed(source, rows, tensors, kind, folder)
     flat |= {path: _replaced(path, flat[path], turn(tensors[key], rows[path][1])) for path, key in plain.items()}
+    if tied := sorted(parts.keys() & _readers(source).keys() if not raw.get("ensure_weight_tying") else ()):
+        raise PeftError(
+            f"{folder.name}: adapts {tied[0]} alone, which stage {_readers(source)[tied[0]]} reads here: untie(source) "
+            "first"
+        )
     for path, given in parts.items():
         if name in names_of(flat[path]):
             raise PeftError(f"{path}: has an adapter called {name!r} already; load it under another name")
@@ -160,7 +178,7 @@ def _placed(
     by_name = {theirs: path for path, (theirs, _) in rows.items()}
     plain: dict[str, str] = {}
     parts: dict[str, dict[str, np.ndarray]] = {}
-    unknown = []
+    rest: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         name = key.removeprefix(_prefix(kind))
         found = re.fullmatch(rf"(.+)\.({PARTS})", name)
@@ -169,12 +187,30 @@ def _placed(
         elif found and found[1] in by_module:
             parts.setdefault(by_module[found[1]], {})[found[2].removesuffix(".weight")] = value
         elif key not in {"PROMPT_TUNING": (THEIR_PROMPT,), "VERA": VERA}.get(kind, ()):
-            unknown.append(key)
-    if unknown:
+            rest[name] = value
+    if unknown := [name for name, value in rest.items() if not _repeats(source, rows, by_name, parts, name, value)]:
         raise PeftError(
             f"{folder.name}: {len(unknown)} tensors have no place in this {source.model.family}: {unknown[:4]}"
         )
     return plain, parts
+
+
+def _repeats(
+    source: Source, rows: Mapping[str, Any], by_name: Mapping[str, str], parts: Mapping[str, Any], name: str, value: Any
+) -> bool:
+    """Whether a tensor only says again what is known: the base's own, or the adapter of a head that is tied."""
+    path = by_name.get(name.replace(".base_layer.", "."))
+    tied = [path for path in _readers(source) if path in parts]
+    if path is None and not tied:
+        return False
+    if ".base_layer." in name:
+        path = tied[0] if path is None else path
+        node = flatten(source.params, is_leaf=is_weight).get(path)
+        return not is_weight(node) and np.array_equal(turn(np.asarray(node), rows[path][1], back=True), value)
+    given = parts[tied[0]] if tied else {}
+    want = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+    known = given.get(want.get(".".join(name.split(".")[-2:]), ""))
+    return known is not None and np.array_equal(known.T, value)
 
 
 def _module(tensor: str) -> str:
@@ -208,9 +244,9 @@ def _new_leaves(source: Source, nodes: Mapping[str, Any]) -> list[str]:
 def _prompt_fields(source: Source, prompt: Any) -> dict[str, Any]:
     """The fields of their configuration that say what the prompt is."""
     head, c = source.model.head, source.model.config
-    if head is None or head.kind not in _TASKS:
+    if head is None or head.kind not in TASKS:
         kind = "no head" if head is None else f"a {head.kind} head"
-        raise PeftError(f"export: PEFT has a prompt under the tasks {sorted(_TASKS)}, this model has {kind}")
+        raise PeftError(f"export: PEFT has a prompt under the tasks {sorted(TASKS)}, this model has {kind}")
     return {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": int(prompt.shape[0]),
@@ -235,29 +271,9 @@ def _prompt(source: Source, tensors: Mapping[str, np.ndarray], raw: Mapping[str,
     return jnp.asarray(found, jnp.float32)
 
 
-def _checked_config(raw: Mapping[str, Any], folder: Path) -> str:
-    kind = raw.get("peft_type")
-    if kind not in _READ:
-        raise PeftError(f"{folder.name}: peft_type {kind!r} is not supported, only {', '.join(_READ)}")
-    known = {*_READ[kind].split(), *_HARMLESS.split()}
-    for field, value in raw.items():
-        one = field == "num_transformer_submodules" and value == 1
-        if field not in known and value not in _OFF and not one:
-            raise PeftError(f"{folder.name}: field {field}={value!r} of a {kind} adapter is not supported")
-    return kind
-
-
-def _check_base(source: Source, folder: Path) -> None:
-    if (folder / MARKER).is_file():  # of ours: PEFT's own record knows the base by name only
-        digest = read_object(folder / MARKER, MARKER_BYTES, PeftError).get("base")
-        if digest not in (None, source.lineage.digest):
-            raise PeftError(
-                f"{folder.name}: is an adapter for the base with digest {str(digest)[:12]}, this is "
-                f"{source.lineage.ref} with {source.lineage.digest[:12]}"
-            )
-
-
 def _replaced(path: str, old: Any, value: np.ndarray) -> Any:
+    if is_weight(old):
+        raise PeftError(f"{path}: the folder holds it whole, but it is a {type(old).__name__} here: load it before")
     if tuple(old.shape) != value.shape:
         raise PeftError(
             f"{path}: the folder's tensor is {value.shape}, the model's is {tuple(old.shape)}; another head?"

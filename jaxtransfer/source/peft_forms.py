@@ -10,16 +10,13 @@ import numpy as np
 
 from jaxtransfer.adapt.adapter_types import IA3, Adapter, DoRA, LoRA
 from jaxtransfer.adapt.vera import VeRA
+from jaxtransfer.source.peft_config import PeftError, is_feedforward, of_pattern
 from jaxtransfer.tree.paths import Params
 from jaxtransfer.tree.weights import SHARED
 
 PARTS = r"lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]"
 """What a tensor of an adapter is called behind its module's name."""
 VERA = ("base_model.vera_A", "base_model.vera_B")
-
-
-class PeftError(ValueError):
-    """An adapter folder that cannot be read here, or adapters that PEFT has no form for."""
 
 
 def tensors_of(path: str, node: Adapter) -> dict[str, np.ndarray]:
@@ -49,6 +46,7 @@ def fields_of(adapted: Mapping[str, Adapter], modules: Mapping[str, str]) -> dic
     """The fields of their configuration that say what the adapters are; ``modules``: path -> their module."""
     record: dict[str, Any] = {"target_modules": sorted(modules.values())}
     first = next(iter(adapted.values()))
+    rate = _rate(adapted)
     if isinstance(first, IA3):
         inputs = sorted(modules[path] for path, node in adapted.items() if isinstance(node, IA3) and node.on == "input")
         return {**record, "peft_type": "IA3", "feedforward_modules": inputs}
@@ -57,20 +55,20 @@ def fields_of(adapted: Mapping[str, Adapter], modules: Mapping[str, str]) -> dic
             **record,
             "peft_type": "VERA",
             "r": int(first.d.shape[0]),
-            "vera_dropout": first.rate,
+            "vera_dropout": rate,
             "save_projection": True,  # the matrices are ours, not those of their generator
             "bias": "none",
         }
     assert isinstance(first, LoRA)
     ranks = {modules[p]: int(node.b.shape[0]) for p, node in adapted.items() if isinstance(node, LoRA)}
-    alphas = {modules[p]: float(node.scale) * node.b.shape[0] for p, node in adapted.items() if isinstance(node, LoRA)}
+    alphas = {modules[p]: _alpha(node) for p, node in adapted.items() if isinstance(node, LoRA)}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {
         **record,
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.rate,
+        "lora_dropout": rate,
         "use_dora": isinstance(first, DoRA),
         "use_rslora": False,  # s is what counts: alpha = s r says the same
         "bias": "none",
@@ -79,8 +77,26 @@ def fields_of(adapted: Mapping[str, Adapter], modules: Mapping[str, str]) -> dic
     }
 
 
-def _of_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)
+def _rate(adapted: Mapping[str, Adapter]) -> float:
+    """The dropout of all; that of an embedding's adapter is none.
+
+    Raises:
+      PeftError: they differ, for which PEFT has no field.
+    """
+    rates = {path: getattr(node, "rate", 0.0) for path, node in adapted.items() if not path.endswith("/embedding")}
+    if len(set(rates.values())) > 1:
+        low, high = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
+        raise PeftError(
+            f"export: PEFT has one dropout for an adapter; {low} has {rates[low]}, and {high} has {rates[high]}"
+        )
+    return next(iter(rates.values()), 0.0)
+
+
+def _alpha(node: LoRA) -> float:
+    """alpha with ``alpha / r = s``, in few digits where those give the very same s."""
+    rank, scale = int(node.b.shape[0]), np.float32(node.scale)
+    short = round(float(scale) * rank, 5)
+    return short if np.float32(short / rank) == scale else float(scale) * rank
 
 
 def adapter_of(
@@ -108,7 +124,7 @@ def _adapter(
         return VeRA(weight, d, b, float(raw.get("vera_dropout") or 0.0), name)
     if kind == "IA3":
         gain = jnp.asarray(given["ia3_l"].reshape(-1), jnp.float32)
-        forward = any(module == m or module.endswith(f".{m}") for m in raw.get("feedforward_modules") or ())
+        forward = is_feedforward(raw.get("feedforward_modules"), module)
         on = "input" if forward else "output"
         if gain.shape[0] != weight.shape[-2 if forward else -1]:
             raise PeftError(f"{path}: (IA)3 has {gain.shape[0]} gains for a weight of shape {tuple(weight.shape)}")
@@ -124,7 +140,9 @@ def _adapter(
             f"{path}: an adapter of shapes {a.shape} and {b.shape} is for another base; this weight is "
             f"{tuple(weight.shape)}"
         )
-    alpha = _of_pattern(raw.get("alpha_pattern") or {}, module, raw.get("lora_alpha", 8))
+    if rank != (said := of_pattern(raw.get("rank_pattern"), module, raw.get("r", 8))):
+        raise PeftError(f"{path}: its tensors are of rank {rank}, the configuration says {said}")
+    alpha = of_pattern(raw.get("alpha_pattern"), module, raw.get("lora_alpha", 8))
     scale = jnp.asarray(alpha / (rank**0.5 if raw.get("use_rslora") else rank), jnp.float32)
     ab = (jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
     rate = 0.0 if embedded else float(raw.get("lora_dropout") or 0.0)

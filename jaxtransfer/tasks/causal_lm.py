@@ -13,7 +13,7 @@ from jaxtransfer.data.documents import Document, Long, completions, fit, plain
 from jaxtransfer.data.loader import Examples
 from jaxtransfer.data.packing import pack, plan
 from jaxtransfer.data.text import tokenizer
-from jaxtransfer.objectives.language import language_model, token_losses
+from jaxtransfer.objectives.language import language_model, losses_of
 from jaxtransfer.objectives.losses import IGNORE
 from jaxtransfer.tasks.metrics_language import language
 from jaxtransfer.tasks.task import Task
@@ -123,7 +123,6 @@ def _sums(documents: list[Document], rows: list[list[int]]) -> dict[str, np.ndar
 def _observe(outputs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Of each row the negative log-likelihood of its targets, in nats, their number and their bytes."""
     labels = jnp.asarray(batch["labels"])
-    losses, *_ = token_losses(outputs["logits"], labels)
     counts = labels != IGNORE
-    nll = jnp.sum(jnp.where(counts, losses, 0.0), axis=-1)
+    nll = jnp.sum(jnp.where(counts, losses_of(outputs, labels), 0.0), axis=-1)
     return {"nll": nll, "tokens": jnp.sum(counts, axis=-1), "bytes": batch["bytes"], "document": batch["document"]}

@@ -5,6 +5,7 @@ to tell an accidental difference of one bit, not meant against an attacker. A di
 """
 
 import hashlib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -33,9 +34,18 @@ def fingerprint(tree: Any) -> dict[str, str]:
     out: dict[str, str] = {}
     for path, leaf in flat.items():
         # Waited for one by one: many small collectives in flight can deadlock simulated devices.
-        rows = np.asarray(_lanes(_words(leaf), stacked=stacked_length(path) is not None)).reshape(-1, 2)
+        rows = _whole(_lanes(_words(leaf), stacked=stacked_length(path) is not None)).reshape(-1, 2)
         out.update({name: f"{row[0]:08x}{row[1]:08x}" for name, row in zip(layers_of(path), rows, strict=True)})
     return out
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """All of an array, also where parts of it are on other processes' devices: these then ask for it as well."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
 
 
 def _words(leaf: Any) -> Any:
@@ -79,9 +89,14 @@ def digest(tree: Any) -> str:
       >>> digest({"w": np.zeros(2)})[:8] == digest({"w": np.zeros(2)})[:8]
       True
     """
+    return digest_of(flatten(tree).items())
+
+
+def digest_of(leaves: Iterable[tuple[str, Any]]) -> str:
+    """`digest` of leaves that come one after the other, in the order of `flatten`."""
     sha = hashlib.sha256()
-    for path, leaf in flatten(tree).items():
-        array = np.asarray(leaf)
+    for path, leaf in leaves:
+        array = _whole(leaf)
         sha.update(f"{path}|{array.dtype}|{array.shape}|".encode())
         sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return sha.hexdigest()

@@ -5,11 +5,14 @@ wins. For a part of a leaf type (``.../kernel@a``) both its own path and its wei
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtransfer.tree.paths import flatten, map_with_path, weight_path
+
+_LITERAL = re.compile(r"(?:[^.^$*+?{}\[\]\\|()]|\\[.^$*+?{}\[\]\\|()])*")
 
 
 class _Required:
@@ -43,7 +46,8 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
             raise RuleError(f"a rule is (regex, value), got {item!r}")
         rule = Rule(item[0], item[1], len(item) == 3 and bool(item[2]))
         try:
-            re.compile(rule.pattern)
+            if _literal(rule.pattern) is None:
+                re.compile(rule.pattern)
         except re.error as error:
             raise RuleError(f"rule {rule.pattern!r} is not a regular expression: {error}") from None
         out.append(rule)
@@ -87,13 +91,28 @@ def match_paths(rules: Rules, paths: Sequence[str], *, default: Any = REQUIRED) 
 
 def winning_rules(rules: Rules, paths: Sequence[str]) -> Mapping[str, int | None]:
     """For every path the index of the rule that wins it, or None: what ``inspect`` and ``explain`` show."""
-    compiled = [re.compile(rule.pattern) for rule in as_rules(rules)]
+    compiled: list[tuple[int, re.Pattern[str]]] = []
+    literals: dict[str, int] = {}
+    for i, rule in enumerate(as_rules(rules)):
+        if (name := _literal(rule.pattern)) is None:
+            compiled.append((i, re.compile(rule.pattern)))
+        else:
+            literals.setdefault(name, i)
     winners: dict[str, int | None] = {}
     for path in paths:
         names = {path, weight_path(path)}
-        hits = (i for i, regex in enumerate(compiled) if any(regex.fullmatch(name) for name in names))
-        winners[path] = next(hits, None)
+        hits = [literals[name] for name in names if name in literals]
+        hits += itertools.islice((i for i, regex in compiled if any(map(regex.fullmatch, names))), 1)
+        winners[path] = min(hits, default=None)
     return winners
+
+
+def _literal(pattern: str) -> str | None:
+    """The one path that a pattern without operators matches.
+
+    Rules that a program makes leaf by leaf are thousands: these are looked up, and not tried one after the other.
+    """
+    return re.sub(r"\\(.)", r"\1", pattern) if _LITERAL.fullmatch(pattern) else None
 
 
 def _check_rules(rules: Sequence[Rule], winners: Mapping[str, int | None], paths: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ would (an adapter around a base, a quantised matrix). Layers call the functions 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -141,7 +141,7 @@ def linear(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None)
     """
     if is_weight(w):
         return w.linear(x, bias, key)
-    y = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    y = _uncast(lambda x, w: jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))), x, w)
     return y if bias is None else y + jnp.reshape(bias.astype(x.dtype), (1,) * (y.ndim - 1) + (-1,))
 
 
@@ -156,11 +156,24 @@ def conv(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None, h
     if is_weight(w):
         return w.conv(x, bias, key, how)
     padding: Sequence[tuple[int, int]] = how.padding
-    y = jax.lax.conv_general_dilated(
-        x, w.astype(x.dtype), how.stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=how.groups,
-    )  # fmt: skip
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, w, how.stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=how.groups
+        )
+
+    y = _uncast(product, x, w)
     return y if bias is None else y + jnp.reshape(bias.astype(x.dtype), (1,) * (y.ndim - 1) + (-1,))
+
+
+def _uncast(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: Any) -> jax.Array:
+    """``product(x, w)`` in the dtype of ``x``; what is saved for the backward pass is ``w`` as it is, and not its cast.
+
+    A scan would save those of all layers: half of the base again where activations are bfloat16 and weights float32.
+    """
+    if w.dtype == x.dtype:
+        return product(x, w)
+    return jax.checkpoint(lambda x, w: product(x, w.astype(x.dtype)), prevent_cse=False)(x, w)
 
 
 def take(w: Any, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:

@@ -10,12 +10,18 @@ import pytest
 from jaxtransfer.adapt import attaching as at
 from jaxtransfer.adapt import blend
 from jaxtransfer.adapt.blend import BlendError
+from jaxtransfer.tree.weights import materialize
 from jaxtransfer.types import Lineage, Model, Source
+from tests.adapt.strategies import KEY, moved
 
 
 def source(seed, digest="d", **more):
     key = jax.random.key(seed)
-    params = {"body": {"w": jnp.arange(6.0).reshape(2, 3)}, "head": {"kernel": jax.random.normal(key, (3, 2))}, **more}
+    params = {
+        "body": {"kernel": jnp.arange(6.0).reshape(2, 3)},
+        "head": {"kernel": jax.random.normal(key, (3, 2))},
+        **more,
+    }
     params["body"]["count"] = jnp.asarray(seed)
     return Source(Model("foreign", None, (), {}), params, Lineage("a", digest))
 
@@ -28,7 +34,7 @@ def test_interpolation_returns_its_ends_and_leaves_what_is_shared():
     a, b = source(0), source(1)
     assert same(blend.interpolate(a, b, 0).params, a.params) and same(blend.interpolate(a, b, 1).params, b.params)
     half = blend.interpolate(a, b, 0.5)
-    assert same(half.params["body"]["w"], a.params["body"]["w"]) and half.params["body"]["count"] == 0
+    assert same(half.params["body"]["kernel"], a.params["body"]["kernel"]) and half.params["body"]["count"] == 0
     mean = (a.params["head"]["kernel"] + b.params["head"]["kernel"]) / 2
     np.testing.assert_allclose(half.params["head"]["kernel"], mean, atol=1e-6)
     assert half.lineage.operations == ("interpolate(0.5)",)
@@ -72,7 +78,9 @@ def test_task_vectors_add_and_negate():
     k0, ka, kb = (s.params["head"]["kernel"] for s in (ancestor, a, b))
     np.testing.assert_allclose(both, k0 + (ka - k0) - 0.5 * (kb - k0), atol=1e-6)
     with pytest.raises(BlendError, match="'x' is no difference from this model: missing: head/kernel"):
-        blend.add_vectors(ancestor, {"x": (1.0, {"body": va["body"]})})
+        blend.add_vectors(ancestor, {"x": (1.0, dataclasses.replace(va, delta={"body": va.delta["body"]}))})
+    with pytest.raises(BlendError, match="'y' is a difference from another model, 7f3a; this is a"):
+        blend.add_vectors(ancestor, {"y": (1.0, dataclasses.replace(va, ancestor="7f3a"))})
 
 
 def test_the_average_of_bfloat16_weights_stays_so():
@@ -81,6 +89,8 @@ def test_the_average_of_bfloat16_weights_stays_so():
     assert out["w"].dtype == jnp.bfloat16 and float(out["w"][0]) == 0.5
     with pytest.raises(BlendError, match=r"in \[0, 1\)"):
         blend.ema(a, a, 1.0)
+    with pytest.raises(BlendError, match=r"of these parameters: shape of w: expected \(3,\), found \(2,\)"):
+        blend.ema(a, {"w": jnp.zeros(2, jnp.bfloat16)}, 0.5)
 
 
 def test_strangers_are_refused():
@@ -89,6 +99,46 @@ def test_strangers_are_refused():
         blend.interpolate(a, source(1, digest="other"), 0.5)
     with pytest.raises(BlendError, match="differ in structure: extra: extra"):
         blend.task_vector(a, source(1, extra=jnp.zeros(1)))
-    adapted = at.attach(source(1), [("head/kernel", at.lora(1))], jax.random.key(0))
-    with pytest.raises(BlendError, match="merge them first"):
-        blend.soup([a, adapted])
+    with pytest.raises(BlendError, match="no common ancestor"):  # nothing says where either comes from
+        blend.soup([source(0, digest=""), source(1, digest="")])
+
+
+def adapted(seed, make=None, base=None, name="default"):
+    """A fine-tuning by adapters of one base: the body's kernel is adapted, the head whole."""
+    rules = [("body/kernel", at.lora(2) if make is None else make)]
+    start = at.attach(source(0) if base is None else base, rules, KEY, name=name)
+    params = {"body": moved(start.params["body"], seed), "head": source(seed).params["head"]}
+    return dataclasses.replace(start, params={**start.params, **params})
+
+
+def kernel(source):
+    return materialize(source.params["body"]["kernel"])
+
+
+def test_models_under_lora_are_blended_as_the_weights_that_they_stand_for():
+    tuned = [adapted(i) for i in (1, 2, 3)]
+    merged = [at.merge(model) for model in tuned]
+    got = blend.soup(tuned, [2, 1, 1])
+    assert (
+        got.params["body"]["kernel"].a.shape == (2, 6)
+        and got.params["body"]["kernel"].base is tuned[0].params["body"]["kernel"].base
+    )
+    np.testing.assert_allclose(kernel(got), blend.soup(merged, [2, 1, 1]).params["body"]["kernel"], atol=1e-6)
+    # WiSE-FT from the base itself, which has no adapter, and beyond the fine-tuning; adapters on top of one another.
+    twice = dataclasses.replace(
+        tuned[0], params={**tuned[0].params, "body": adapted(4, base=tuned[0], name="second").params["body"]}
+    )
+    for model in (tuned[0], twice):
+        for alpha in (0.25, 1.5):
+            got = blend.interpolate(source(0), model, alpha)
+            want = blend.interpolate(source(0), at.merge(model), alpha)
+            np.testing.assert_allclose(kernel(got), kernel(want), atol=1e-5)
+            np.testing.assert_allclose(got.params["head"]["kernel"], want.params["head"]["kernel"], atol=1e-6)
+    same = blend.soup([tuned[0], tuned[0]])
+    assert same.params["body"]["kernel"] is tuned[0].params["body"]["kernel"]
+    with pytest.raises(
+        BlendError, match=r"soup: body/kernel: under LoRA lie different bases \(DoRA, an array\): merge the"
+    ):
+        blend.soup([tuned[0], adapted(1, at.dora(1))])
+    with pytest.raises(BlendError, match="task_vector: body/kernel of a is LoRA: merge them first"):
+        blend.task_vector(tuned[0], source(0))

@@ -165,7 +165,7 @@ def test_explain_compiles_nothing(world, monkeypatch):
     monkeypatch.setattr(prepare, "make_step", lambda *_, **__: refuse)
     monkeypatch.setattr(prepare, "make_eval", lambda *_, **__: refuse)
     monkeypatch.setattr(prepare, "init_state", refuse)
-    head, frozen = job.explain(world.config(world.root / "none", adapt={"train": "head"}))
+    head, frozen = job.explain(world.config(world.root / "none", adapt={"train": "head"}))["groups"]
     assert (head.group, head.parameters, head.lr, head.optimizer) == ("head", 64 * 2 + 2, 3e-3, "adamw")
     assert (frozen.group, frozen.lr, frozen.optimizer_bytes) == ("frozen", None, 0)
     assert head.optimizer_bytes >= 2 * head.bytes

@@ -8,7 +8,7 @@ import pytest
 from jaxtransfer import job
 from jaxtransfer.config import ConfigError
 from jaxtransfer.generation import GenerationError
-from jaxtransfer.job import commands, finished, prepare
+from jaxtransfer.job import commands, models, prepare
 from jaxtransfer.run import Interrupted
 from jaxtransfer.source import SourceError, load
 from jaxtransfer.tree import flatten
@@ -138,7 +138,7 @@ def test_a_source_is_made_once_and_its_making_is_told(pretrained, library):
         "from scratch" in operations[1] and "fit(steps=2 of 2" in operations[2] and "fit(steps=3 of 3" in operations[3]
     )
     ready = prepare.prepare(library.config(out, **changes), print)
-    trunk, start = finished.pretrained(ready).trunk, flatten(load(out / "pretrain" / "model").params)
+    trunk, start = models.pretrained(ready).trunk, flatten(load(out / "pretrain" / "model").params)
     assert all(np.array_equal(leaf, start[path]) for path, leaf in flatten(trunk.params).items())
     assert not np.array_equal(flatten(ready.trunk.params)["embed/word/embedding"], start["embed/word/embedding"])
     assert job.evaluate(out / "pretrain").keys() >= {"loss", "bits_per_byte"}
@@ -146,7 +146,7 @@ def test_a_source_is_made_once_and_its_making_is_told(pretrained, library):
 
 def test_a_run_whose_source_is_made_goes_on_wherever_it_stopped(pretrained, library):
     out, stopped, _ = pretrained
-    found = finished.adapted(stopped)  # of its last step so far, from the source that was made
+    found = models.adapted(stopped)  # of its last step so far, from the source that was made
     assert found.lineage.ref == "bare"
     job.resume(stopped, console=console())
     assert lines(stopped) == lines(out)
@@ -157,7 +157,7 @@ def test_explain_makes_no_source(library, monkeypatch):
     monkeypatch.setattr(commands, "_run", None)
     part = {"data": {"train": {"path": library.data["source"]}}, "run": {"steps": 2}}
     config = library.config(library.root / "nothing", source__ref=str(library.bare), pretrain=part)
-    (row,) = job.explain(config)
+    (row,) = job.explain(config)["groups"]
     assert row.group == "trunk"
     assert not (library.root / "nothing").exists()
 

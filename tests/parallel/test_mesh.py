@@ -7,7 +7,7 @@ from jaxtransfer.parallel import make_mesh
 
 def test_axes_are_named_and_automatic(devices):
     mesh = make_mesh(data=2, tensor=4)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 4}
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert make_mesh(fsdp=2, devices=devices[2:4]).devices.flatten().tolist() == devices[2:4]
 
@@ -15,9 +15,9 @@ def test_axes_are_named_and_automatic(devices):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"data": 3}, "mesh data 3 x fsdp 1 x tensor 1 needs 3 devices, there are 8"),
-        ({"data": 2, "fsdp": 2}, "mesh data 2 x fsdp 2 x tensor 1 needs 4 devices, there are 8"),
-        ({"data": -2, "fsdp": -4}, "mesh data -2 x fsdp -4 x tensor 1"),
+        ({"data": 3}, "mesh data 3 x fsdp 1 x sequence 1 x tensor 1 needs 3 devices, there are 8"),
+        ({"data": 2, "fsdp": 2}, "mesh data 2 x fsdp 2 x sequence 1 x tensor 1 needs 4 devices, there are 8"),
+        ({"data": -2, "fsdp": -4}, "mesh data -2 x fsdp -4 x sequence 1 x tensor 1"),
     ],
 )
 def test_a_mesh_takes_all_devices(devices, axes, message):

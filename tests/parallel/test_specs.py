@@ -47,7 +47,7 @@ def test_a_stack_is_sharded_as_its_layers_are(mesh):
     ("spec", "message"),
     [
         (P(None, None, "fsdp"), r"embed/table: the spec .* is longer than the shape \(10, 4\)"),
-        (P("expert"), r"embed/table: the mesh has no axis 'expert', it has \('data', 'fsdp', 'tensor'\)"),
+        (P("expert"), r"embed/table: the mesh has no axis 'expert', it has \('data', 'fsdp', 'sequence', 'tensor'\)"),
         (P(("data", "fsdp")), "embed/table: a dimension of 10 does not divide by dataxfsdp = 4"),
     ],
 )

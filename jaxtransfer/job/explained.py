@@ -1,0 +1,135 @@
+"""What a run would train, in tables: the groups, which adapter sits where, what is packed."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxtransfer.adapt.adapter_types import Adapter
+from jaxtransfer.adapt.groups import FROZEN
+from jaxtransfer.adapt.quantized import Quantized
+from jaxtransfer.job.adapting import Put, puts
+from jaxtransfer.job.prepare import Job
+from jaxtransfer.tree.paths import flatten, natural
+from jaxtransfer.tree.weights import is_weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupRow:
+    """One group of parameters: its leaves, how many numbers they stand for, what they and their optimizer take."""
+
+    group: str
+    leaves: int
+    parameters: int
+    share: str
+    bytes: int
+    dtype: str
+    lr: float | None
+    optimizer: str | None
+    optimizer_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaceRow:
+    """Leaves of one kind in one place of several layers: ``blocks/0-5/mlp/up/kernel``."""
+
+    what: str
+    where: str
+    leaves: int
+    parameters: int
+    bytes: int
+
+
+def tables(job: Job) -> dict[str, Any]:
+    """``groups``, and where there are any, ``adapters`` and ``quantized``."""
+    seed = job.config.run.seed
+    source = job.adapted(seed)
+    labels = flatten(job.labels)
+    weights = dict(_quantized(flatten(source.params, is_leaf=is_weight)))
+    found = {
+        "groups": _groups(job, weights),
+        "adapters": [row for put in puts(job.config, job.trunk, job.task, seed) for row in _places(put, labels)],
+        "quantized": _grouped((type(node).__name__, path, [node]) for path, node in weights.items()),
+    }
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _groups(job: Job, weights: Mapping[str, Any]) -> list[GroupRow]:
+    """A row a label; of packed weights the numbers that they stand for are counted, all of them frozen."""
+    rows = [dataclasses.asdict(row) for row in job.rows()]
+    for row in rows:
+        if row["group"] == "frozen":
+            row["parameters"] += sum(_size(node) - sum(x.size for x in _parts(node)) for node in weights.values())
+    total = sum(row["parameters"] for row in rows)
+    return [GroupRow(**row, share=f"{100 * row['parameters'] / total:.3g}%") for row in rows]
+
+
+def _places(put: Put, labels: Mapping[str, str]) -> list[PlaceRow]:
+    """Where an entry's adapter is, a row for each place of the layers, and what of it trains."""
+    named = getattr(put.entry, "name", "default")
+    what = f"{put.entry.method}{'' if named == 'default' else f' {named!r}'}"
+    by_weight: dict[str, list[Any]] = {}
+    for path, leaf in put.leaves.items():
+        if labels[path] == FROZEN:
+            continue
+        by_weight.setdefault(path.partition("@")[0], []).append(leaf)
+    return _grouped((what, path, leaves) for path, leaves in by_weight.items())
+
+
+def _grouped(items: Iterable[tuple[str, str, list[Any]]]) -> list[PlaceRow]:
+    """Rows of what is alike but for its layer."""
+    found: dict[tuple[str, str], list[tuple[int | None, list[Any]]]] = {}
+    for what, path, nodes in items:
+        layer = re.search(r"(?<![^/])\d+(?![^/])", path)
+        place = path if layer is None else f"{path[: layer.start()]}{{}}{path[layer.end() :]}"
+        found.setdefault((what, place), []).append((None if layer is None else int(layer[0]), nodes))
+    rows = []
+    for (what, place), members in sorted(found.items(), key=lambda item: (item[0][0], natural(item[0][1]))):
+        every = [node for _, nodes in members for node in nodes]
+        leaves = [leaf for node in every for leaf in _parts(node)]
+        rows.append(
+            PlaceRow(
+                what=what,
+                where=place.format(runs(number for number, _ in members if number is not None)),
+                leaves=len(leaves),
+                parameters=sum(map(_size, every)),
+                bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+            )
+        )
+    return rows
+
+
+def runs(numbers: Iterable[int]) -> str:
+    """Numbers, those that follow one another as a range.
+
+    Example:
+      >>> runs([0, 1, 2, 5, 7, 8])
+      '0-2,5,7-8'
+    """
+    out: list[list[int]] = []
+    for number in sorted(numbers):
+        if out and number == out[-1][1] + 1:
+            out[-1][1] = number
+        else:
+            out.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in out)
+
+
+def _quantized(nodes: Mapping[str, Any]) -> Iterable[tuple[str, Quantized]]:
+    """The packed weights, by the path of the weight, whatever is around them."""
+    for path, node in nodes.items():
+        while isinstance(node, Adapter):
+            node = node.base
+        if isinstance(node, Quantized):
+            yield path, node
+
+
+def _size(node: Any) -> int:
+    """How many numbers a leaf or a weight stands for."""
+    return int(np.prod(node.shape))
+
+
+def _parts(node: Any) -> list[Any]:
+    return list(flatten({"": node}).values())

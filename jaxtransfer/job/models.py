@@ -1,0 +1,179 @@
+"""The model of a run: written whole, or as what stands beside its source; and put together again."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtransfer import checkpoint
+from jaxtransfer import config as configs
+from jaxtransfer.adapt.adapter_types import Adapter
+from jaxtransfer.adapt.subtrees import held_in
+from jaxtransfer.config import Config
+from jaxtransfer.job import adapting
+from jaxtransfer.job.prepare import Job, Say, prepare, trained
+from jaxtransfer.job.sources import check_head, load_source, placed
+from jaxtransfer.job.tasks import make_task
+from jaxtransfer.job.train import best_step, finished, saved_best
+from jaxtransfer.models.registry import ConfigFieldError, family
+from jaxtransfer.run import Progress
+from jaxtransfer.source import PeftError, load
+from jaxtransfer.source import export as export_source
+from jaxtransfer.step import init_state, params_of
+from jaxtransfer.tasks import Task
+from jaxtransfer.tree import fingerprint
+from jaxtransfer.tree.paths import flatten
+from jaxtransfer.tree.weights import SHARED, is_weight
+from jaxtransfer.types import Lineage, Source
+
+CONFIG, RESULT, CHECKPOINTS, EXPORT, ADAPTER = "config.yaml", "result.json", "checkpoints", "model", "adapter"
+PRETRAIN = "pretrain"
+Values = Mapping[str, Any]
+
+
+def config_of(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+      RunFolderError: the folder holds no run.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise checkpoint.RunFolderError(f"{folder}: holds no run ({CONFIG} is missing)")
+    return configs.load(path)
+
+
+def page_of(folder: Path) -> dict[str, Any]:
+    """The record of a finished run."""
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
+def apart(config: Config) -> bool:
+    """Whether a run keeps what it trained beside its source: it has adapters, or the source is quantised."""
+    return bool(config.adapt.adapters or config.adapt.quantize)
+
+
+def beside(config: Config) -> str | None:
+    """The first method of a run that is no part of a weight and cannot be folded into one; None where there is none."""
+    methods = (entry.method for entry in config.adapt.adapters)
+    return next((method for method in methods if method in ("bottleneck", "prompt", "prefix")), None)
+
+
+def adapted(folder: Path) -> Source:
+    """The model of a run; of an unfinished one its best step so far.
+
+    Where a finished run has written what stands beside its source alone, that is loaded again; the data are not.
+
+    Raises:
+      RunFolderError: there is no model and no checkpoint yet.
+      CheckpointError: the source is another one by now.
+    """
+    config = dataclasses.replace(config_of(folder), out=str(folder))
+    if not (folder / RESULT).exists():
+        progress, seed = _progress(folder), config.run.seed
+        job = pretrained(prepare(config, lambda text: None))
+        return finished(job, seed, *saved_best(job, folder / CHECKPOINTS, job.start(seed), progress), progress)
+    if apart(config):
+        return _rebuilt(folder, config)
+    return dataclasses.replace(load(folder / EXPORT), lineage=Lineage(**page_of(folder)["lineage"]))
+
+
+def _rebuilt(folder: Path, config: Config) -> Source:
+    """The source of a finished run under what its best checkpoint holds."""
+    page, seed = page_of(folder), config.run.seed
+    task = make_task(config, None, page["labels"])
+    if config.pretrain is None:
+        trunk = load_source(config, task, None, lambda text: None)
+    else:
+        trunk = _made(config, task, None)
+    was, now = page["lineage"]["digest"], trunk.lineage.digest
+    if now != was:
+        raise checkpoint.CheckpointError(
+            f"{folder}: was trained beside {page['lineage']['ref']} with digest {was[:12]}, but {trunk.lineage.ref} "
+            f"has {now[:12]} by now; put that source back"
+        )
+    source = adapting.begun(config, trunk, task, seed)
+    how = trained(config, task, source.model, source.params, page["run"]["steps"], None, ())
+    like = init_state(source.model, source.params, how["labels"], how["tx"], jax.random.key(seed))
+    best = folder / CHECKPOINTS / str(best_step(_progress(folder)))
+    state, frozen, _ = checkpoint.restore(best, like=like, lineage=source.lineage)
+    lineage = dataclasses.replace(source.lineage, operations=tuple(page["lineage"]["operations"]))
+    return dataclasses.replace(source, params=params_of(state, frozen), lineage=lineage)
+
+
+def _progress(folder: Path) -> Progress:
+    """Where the last checkpoint of a run stands."""
+    root, progress = folder / CHECKPOINTS, Progress()
+    if (last := checkpoint.latest(root)) is None:
+        raise checkpoint.RunFolderError(f"{folder}: has no model and no checkpoint yet; resume it")
+    progress.load(checkpoint.metadata(root / str(last))["extra"]["progress"])
+    return progress
+
+
+def pretrained(job: Job) -> Job:
+    """A job with the source that another run has made for it, once that is finished; any other job as it is."""
+    if job.before is None:
+        return job
+    return dataclasses.replace(job, trunk=_made(job.config, job.task, job.mesh), before=None)
+
+
+def _made(config: Config, task: Task, mesh: Mesh | None) -> Source:
+    """The source that the run of ``pretrain`` has made."""
+    folder = Path(config.out) / PRETRAIN
+    head = None if task.fresh_head else "checkpoint"
+    source = load(folder / EXPORT, head=head, dtype=config.source.dtype, **placed(mesh))
+    check_head(source, task)
+    made = page_of(folder)["lineage"]
+    operations = tuple(made["operations"])
+    lineage = dataclasses.replace(source.lineage, ref=made["ref"], license=made["license"], operations=operations)
+    return adapting.quantized(config, dataclasses.replace(source, lineage=lineage))
+
+
+def write(source: Source, folder: Path, config: Config, progress: Progress, values: Values, say: Say) -> Path:
+    """The model of a run into its folder: whole, or where it stands beside its source that alone.
+
+    The latter as PEFT reads it, or where PEFT has no form for it, as the best checkpoint, which is there.
+    """
+    if not apart(config):
+        return write_whole(source, folder / EXPORT, values, say)
+    try:
+        path = write_peft(source, folder / ADAPTER, values)
+    except (PeftError, ConfigFieldError) as error:
+        say(f"the model is the best checkpoint, beside {source.lineage.ref} ({error})")
+        return folder / CHECKPOINTS / str(best_step(progress))
+    hint = f"; `jaxtransfer merge {folder}` folds it in" if beside(config) is None else ""
+    say(f"the model is {path}, beside {source.lineage.ref}{hint}")
+    return path
+
+
+def write_whole(source: Source, path: Path, values: Values, say: Say) -> Path:
+    """Hugging Face layout where a class of theirs computes the model, Orbax where none does."""
+    try:
+        return export_source(source, path, format="hf", metrics=values)
+    except ConfigFieldError as error:
+        say(f"exported as orbax: {error}")
+        return export_source(source, path, format="orbax", metrics=values)
+
+
+def write_peft(source: Source, path: Path, values: Values) -> Path:
+    """The adapters, and the head that was trained beside them, as PEFT reads them.
+
+    Raises:
+      PeftError: there are no adapters, PEFT has no form for them, or more than a head was trained beside them.
+      ConfigFieldError: no Hugging Face class computes the model that they are on.
+    """
+    family(source.model.family).export_config(source.model, source.assets["config"])
+    inside = held_in(source)
+    others = ("head/", f"{SHARED}/", *(f"{slot}/" for slot in inside))
+    nodes = flatten(source.params, is_leaf=is_weight)
+    if not inside and not any(isinstance(node, Adapter) for node in nodes.values()):
+        raise PeftError("there are no adapters for PEFT: only a head was trained, beside a quantised source")
+    plain = {path: leaf for path, leaf in nodes.items() if not is_weight(leaf) and not path.startswith(others)}
+    known = source.lineage.fingerprints
+    if moved := [path for path, value in fingerprint(plain).items() if known.get(path) != value]:
+        raise PeftError(f"{moved[0]} was trained beside the adapters, and PEFT's folder holds adapters and heads alone")
+    return export_source(source, path, format="peft", metrics=values)
