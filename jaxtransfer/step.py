@@ -3,6 +3,7 @@
 No gradient, optimizer state, clipping norm, accumulator or weight decay exists for a frozen leaf, by construction.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,13 +36,19 @@ from jaxtransfer.tree.paths import Params, flatten, map_with_path
 from jaxtransfer.tree.rules import Rule, Rules
 from jaxtransfer.tree.stacks import layers_of, stack, unstack
 from jaxtransfer.tree.weights import Fixed
-from jaxtransfer.types import Model, State, View
+from jaxtransfer.types import AUX, TARGET, Model, State, View
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[View], tuple[jax.Array, Metrics]]
 Step = Callable[[State, Params, Mapping[str, Any]], tuple[State, Metrics]]
 Observe = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
-_AUGMENT = 2**31 - 1  # no stage has this index, whose key would be the same
+Moving = tuple[Params, Params]
+"""Running statistics, and the state of the objective's terms: what a forward pass moves."""
+Perturb = Callable[[Params, Mapping[str, Any], jax.Array], Params]
+_AUGMENT = 2**31 - 1  # no stage has these indices, whose keys would be the same
+_PERTURB, _MEMORY, _DOMAINS = _AUGMENT - 1, _AUGMENT - 2, _AUGMENT - 3
+CONSTANTS = "constants"
+"""Where in ``frozen`` lies what objectives know beforehand; no part of the model."""
 
 
 def init_state(
@@ -102,8 +109,8 @@ def init_state(
 
 
 def whole(state: State, frozen: Params) -> Params:
-    """The laid-out parameters of the whole model."""
-    return combine(combine(state.params, state.stats), frozen)
+    """The laid-out parameters of the whole model, and of what trains beside it."""
+    return combine(combine(state.params, state.stats), without_constants(frozen)[0])
 
 
 def params_of(state: State, frozen: Params) -> Params:
@@ -135,11 +142,17 @@ def make_step(
     accumulate: int = 1,
     donate: bool = True,
     augment: Callable[[Mapping[str, Any], jax.Array], Mapping[str, Any]] | None = None,
+    capture: Sequence[str] = (),
+    perturb: Perturb | None = None,
+    memory: Objective | None = None,
 ) -> Step:
     """A jitted training step.
 
     ``g = grad(loss)`` over ``state.params`` only, ``u = tx(g)``, ``params + u``. A step whose loss or gradient is not
     finite leaves the state as it was, bit for bit, and says so in ``metrics["finite"]``.
+
+    A mapping among the batch's entries is a further domain: its rows run through the same parameters, behind the
+    batch's, and the objective finds them in ``view.domains``.
 
     Args:
       model: the model. Stages whose parameters are all frozen run in evaluation mode.
@@ -151,23 +164,44 @@ def make_step(
       accumulate: number of microbatches that the batch is cut into; the batch must divide by it.
       donate: whether ``state`` is donated (its buffers are reused).
       augment: ``augment(batch, key) -> batch``, on the device and from the step's key: mixup.
+      capture: boundaries whose activations the objective sees, of every domain.
+      perturb: ``perturb(trained, constants, key) -> trained``, what the loss is taken at: Mixout.
+      memory: an objective on the batch's domain ``replay``, which then is no part of the loss; its gradient is handed
+        to ``tx`` as ``reference``, for `objectives.continual.a_gem`.
 
     Returns:
       ``step(state, frozen, batch) -> (state, metrics)``; metrics are device arrays: the objective's, ``loss``,
       ``grad_norm`` (before clipping), ``finite``.
     """
 
-    def loss_fn(trained: Params, stats: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array) -> Any:
-        params = combine(combine(trained, stats), frozen)
+    def loss_fn(
+        trained: Params, moving: Moving, frozen: Params, batch: Any, key: jax.Array, step: jax.Array,
+        objective: Objective = objective,
+    ) -> Any:  # fmt: skip
+        (stats, terms), (frozen, constants) = moving, without_constants(frozen)
+        if perturb is not None:
+            trained = perturb(trained, constants, jax.random.fold_in(key, _PERTURB))
+        training = training_stages(model, trained, frozen)
+        batch, domains = _split(batch)
         if augment is not None:
             batch = augment(batch, jax.random.fold_in(key, _AUGMENT))
-        outputs = apply(
-            model, held(_gathered(params, mesh, sharding), frozen), batch,
-            train=training_stages(model, trained, frozen), key=key, remat=remat, dtype=precision,
-            constrain=_constraint(mesh), also=(PROJECTION,),
-        )  # fmt: skip
-        loss, metrics = objective(View(params, outputs, batch, key, step))
-        return loss.astype(jnp.float32), (metrics, _merge(stats, outputs.get("stats", {})))
+
+        def view(stats: Params, batch: Any, key: jax.Array) -> tuple[View, Params]:
+            params = combine(combine(trained, stats), frozen)
+            outputs = apply(
+                model, held(_gathered(bare(params), mesh, sharding), frozen), batch, train=training, key=key,
+                capture=capture, remat=remat, dtype=precision, constrain=_constraint(mesh), also=(PROJECTION,),
+            )  # fmt: skip
+            seen = View(params, outputs, batch, key, step, trained, {}, constants, terms, model, precision)
+            return seen, _merge(stats, outputs.get("stats", {}))
+
+        main, stats = view(stats, batch, key)
+        others = {}
+        for index, (name, rows) in enumerate(sorted(domains.items())):
+            others[name], stats = view(stats, rows, jax.random.fold_in(key, _DOMAINS - index))
+        loss, metrics = objective(dataclasses.replace(main, domains=others))
+        metrics = dict(metrics)
+        return loss.astype(jnp.float32), (metrics, (stats, metrics.pop("terms", terms)))
 
     statistics = [re.compile(pattern) for pattern in model.stats]
 
@@ -181,20 +215,34 @@ def make_step(
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     update = optax.with_extra_args_support(tx).update
 
+    def remembered(state: State, frozen: Params, rows: Any, key: jax.Array) -> Params:
+        """The gradient of the loss on the memory."""
+        found = grad_fn(
+            state.params, (state.stats, state.terms), frozen, rows, jax.random.fold_in(key, _MEMORY), state.step, memory
+        )
+        return _pin(found[1], mesh, sharding)
+
     def step(state: State, frozen: Params, batch: Mapping[str, Any]) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
+        key, extra = jax.random.fold_in(state.key, state.step), {}
+        if memory is not None:
+            if "replay" not in batch:
+                raise ValueError(f"memory: the batch has no domain 'replay'; it has {', '.join(batch)}")
+            batch = dict(batch)
+            extra["reference"] = remembered(state, frozen, batch.pop("replay"), key)
         if accumulate == 1:
-            (loss, (metrics, stats)), grads = grad_fn(state.params, state.stats, frozen, batch, key, state.step)
+            moving = (state.stats, state.terms)
+            (loss, (metrics, moving)), grads = grad_fn(state.params, moving, frozen, batch, key, state.step)
         else:
-            loss, metrics, stats, grads = _accumulated(grad_fn, accumulate, state, frozen, batch, key)
+            loss, metrics, moving, grads = _accumulated(grad_fn, accumulate, state, frozen, batch, key)
+        stats, terms = moving
         grads = _pin(grads, mesh, sharding)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def accepted(old: State) -> State:
-            updates, opt_state = update(grads, old.opt_state, old.params, norm=norm)
+            updates, opt_state = update(grads, old.opt_state, old.params, norm=norm, **extra)
             params: Any = optax.apply_updates(old.params, updates)
-            return State(old.step + 1, params, stats, opt_state, old.key, old.terms)
+            return State(old.step + 1, params, stats, opt_state, old.key, terms)
 
         # A branch, not a select: XLA then updates the donated state in place.
         kept = jax.lax.cond(finite, accepted, lambda old: old, state)
@@ -213,28 +261,57 @@ def _accumulated(grad_fn: Any, count: int, state: State, frozen: Params, batch: 
         # Every count-th row, so that a batch split over devices stays split in each microbatch.
         return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 
-    def part(stats: Params, micro: Any, index: Any) -> Any:
+    def part(moving: Moving, micro: Any, index: Any) -> Any:
         live = jax.random.fold_in(key, index)
-        (loss, (metrics, stats)), grads = grad_fn(state.params, stats, frozen, micro, live, state.step)
+        (loss, (metrics, moving)), grads = grad_fn(state.params, moving, frozen, micro, live, state.step)
         weight = metrics.pop("weight", jnp.ones(()))
         # A mean over nothing is 0/0, and counts for nothing; a weight that is no number must spoil the whole.
         weighted = jax.tree.map(
             lambda x: jnp.where(weight == 0, jnp.zeros_like(x), x * weight.astype(x.dtype)), (loss, metrics, grads)
         )
-        return (*weighted, weight), stats
+        return (*weighted, weight), moving
 
     def body(carry: Any, xs: Any) -> Any:
-        total, stats = carry
-        new, stats = part(stats, *xs)
-        return (jax.tree.map(jnp.add, total, new), stats), None
+        total, moving = carry
+        new, moving = part(moving, *xs)
+        return (jax.tree.map(jnp.add, total, new), moving), None
 
+    first = (state.stats, state.terms)
     xs = (jax.tree.map(rows, dict(batch)), jnp.arange(count))
-    shapes, _ = jax.eval_shape(part, state.stats, *jax.tree.map(lambda x: x[0], xs))
+    shapes, _ = jax.eval_shape(part, first, *jax.tree.map(lambda x: x[0], xs))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    ((loss, metrics, grads, weight), stats), _ = jax.lax.scan(body, (zero, state.stats), xs)
+    ((loss, metrics, grads, weight), moving), _ = jax.lax.scan(body, (zero, first), xs)
     whole = jnp.where(weight == 0, jnp.ones_like(weight), weight)
     loss, metrics, grads = jax.tree.map(lambda x: x / whole.astype(x.dtype), (loss, metrics, grads))
-    return loss, {**metrics, "weight": weight}, stats, grads
+    return loss, {**metrics, "weight": weight}, moving, grads
+
+
+def _split(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of a batch, and its further domains, of which the target has no labels."""
+    domains = {name: rows for name, rows in batch.items() if isinstance(rows, Mapping)}
+    if "labels" in domains.get(TARGET, {}):
+        raise ValueError(f"the batch's domain {TARGET!r} has labels, which no objective may see; leave them out")
+    return {name: rows for name, rows in batch.items() if name not in domains}, domains
+
+
+def bare(params: Params) -> Params:
+    """The parameters of the model alone, without those that train beside it."""
+    return {name: node for name, node in params.items() if name != AUX}
+
+
+def with_constants(frozen: Params, **constants: Any) -> Params:
+    """``frozen`` with what objectives know beforehand, which they find in ``view.constants``.
+
+    Of a tree that is to stay while the state moves on, such as ``anchor=state.params``, the leaves are copied: a step
+    is given the state to keep. What lies there is no part of the model, and is not saved.
+    """
+    held = jax.tree.map(jnp.copy, constants)
+    return {**frozen, CONSTANTS: {**frozen.get(CONSTANTS, {}), **held}}
+
+
+def without_constants(frozen: Params) -> tuple[Params, Mapping[str, Any]]:
+    """The inverse of `with_constants`: the frozen leaves, and the constants."""
+    return {name: node for name, node in frozen.items() if name != CONSTANTS}, frozen.get(CONSTANTS, {})
 
 
 def _merge(stats: Params, new: Params) -> Params:
@@ -309,7 +386,7 @@ def make_eval(
     """
 
     def evaluate(state: State, frozen: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        params = _gathered(whole(state, frozen), mesh, sharding)
+        params = _gathered(bare(whole(state, frozen)), mesh, sharding)
         also = (PROJECTION,) if callable(outputs) else ()
         found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh), also=also)
         picked = dict(outputs(found, batch)) if callable(outputs) else _picked(found, outputs)
@@ -329,4 +406,4 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any
     if mesh is None:
         return batch
     where = NamedSharding(mesh, P(BATCH_AXES))
-    return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(where, value), dict(batch))

@@ -9,6 +9,10 @@ import jax
 from jaxtransfer.tree.paths import Params
 
 Carry = dict[str, Any]
+AUX = "aux"
+"""Where parameters lie that train beside a model and are none of it: the discriminators of an objective's terms."""
+TARGET = "target"
+"""The domain whose labels no objective ever sees."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Model:
       head: what the model ends in; None is the bare trunk.
       stats: patterns of the paths that hold running statistics.
       cache: ``cache(rows, length, dtype) -> cache``, an empty cache for decoding; None where the model does not decode.
+      start: a boundary and ``carry(params, batch) -> carry`` there: `apply` runs only what follows it. None runs all.
     """
 
     family: str
@@ -80,6 +85,7 @@ class Model:
     head: Head | None = None
     stats: tuple[str, ...] = ()
     cache: Callable[[int, int, Any], Carry] | None = None
+    start: tuple[str, Callable[[Params, Carry], Carry]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +156,31 @@ class View:
     """What an objective sees of one (micro)batch.
 
     An objective is ``objective(view) -> (loss, metrics)``: the loss is a mean, and ``metrics["weight"]`` the number of
-    units (examples, tokens) that the mean runs over, by which microbatches are weighted.
+    units (examples, tokens) that the mean runs over, by which microbatches are weighted. Under ``metrics["terms"]`` it
+    may return new values of ``terms``.
+
+    Attributes:
+      params: of the model and of what trains beside it (`AUX`), laid out.
+      outputs: of the batch, by Hugging Face's names; ``"captured"`` where `make_step` was asked for boundaries.
+      batch: the rows; without the further domains.
+      key: of this step, for what is random.
+      step: the number of accepted updates.
+      trained: the differentiated leaves alone, None elsewhere.
+      domains: name -> the view of a further domain's rows; that of `TARGET` has no labels.
+      constants: what is known beforehand and does not change: ``anchor``, the source's values of the trained leaves.
+      terms: `State.terms`.
+      model: the model, for terms that run it again.
+      dtype: of its activations.
     """
 
     params: Params
-    outputs: Mapping[str, jax.Array]
+    outputs: Mapping[str, Any]
     batch: Mapping[str, jax.Array]
     key: jax.Array | None
     step: jax.Array
+    trained: Params = dataclasses.field(default_factory=dict)
+    domains: Mapping[str, "View"] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    terms: Params = dataclasses.field(default_factory=dict)
+    model: Model | None = None
+    dtype: Any = None

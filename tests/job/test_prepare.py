@@ -220,7 +220,7 @@ def test_a_fresh_head_has_no_measure_from_before(world):
 
 
 def test_a_dimension_that_does_not_divide_is_refused_in_prepare(world, devices):
-    with pytest.raises(ShardingError, match="a dimension of 64 does not divide by tensor = 3"):
+    with pytest.raises(ShardingError, match="2 heads of keys and values do not divide by tensor = 3"):
         made(world, mesh={"tensor": 3})
 
 

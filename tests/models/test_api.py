@@ -201,7 +201,7 @@ def test_the_constraint_is_applied_to_every_activation_between_stages():
     seen = []
     constrain = lambda x: seen.append(x.shape) or x  # noqa: E731
     out = apply(model, params, zoo.inputs(), constrain=constrain)
-    assert set(seen) == {(3, 7, 8), (3, 8), (3, 3)}
+    assert set(seen) == {(3, 7, 8), (3, 8)}  # logits stay split over a vocabulary that is
     assert seen.count((3, 7, 8)) >= 5 and jnp.array_equal(out["logits"], apply(model, params, zoo.inputs())["logits"])
 
 
