@@ -22,7 +22,7 @@ from jaxtransfer.job.sources import sharding_rules
 from jaxtransfer.job.tasks import make_task
 from jaxtransfer.models import apply, family, init
 from jaxtransfer.models.api import layout_of
-from jaxtransfer.parallel import make_mesh
+from jaxtransfer.parallel import make_mesh, spelled
 from jaxtransfer.plan import hlo
 from jaxtransfer.plan.chips import check_libtpu
 from jaxtransfer.plan.compiled import wanted
@@ -284,7 +284,7 @@ def test_the_compilers_words_about_memory_are_read():
     [
         ({"mesh": {"fsdp": 4}}, "h100:8", "is 4 devices, h100:8 has 8"),
         ({"mesh": {"data": 8}, "data": {**FEW, "batch": 12}}, "h100:8", "12 rows do not divide by 8"),
-        ({"mesh": {"tensor": 3}}, "h100:3", "does not divide by"),
+        ({"mesh": {"tensor": 3}}, "h100:3", "2 heads of keys and values do not divide by tensor = 3"),
         ({"task": {"kind": "causal-lm", "max_length": 128}, "mesh": {"data": 8}}, "h100:8", "the model has 64"),
         ({"adapt": {**LORA, "quantize": [["blocks/9/.*", "nf4"]]}, "mesh": {"data": 8}}, "h100:8", "matches none"),
     ],
@@ -299,7 +299,7 @@ def test_a_search_ranks_what_fits_and_writes_the_best(made, tmp_path):
     settings = made(mesh={"fsdp": 8})
     page = job.plan(settings, "h100:8", search=True, to=to, say=quiet)
     best = config.load(to)
-    assert page["mesh"] == " x ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(best.mesh).items())
+    assert page["mesh"] == spelled(dataclasses.asdict(best.mesh))
     assert best == dataclasses.replace(settings, mesh=best.mesh, run=best.run)
     assert len(page["tried"]) == searching.SHOWN
     times = [row["ms"] for row in page["tried"]]

@@ -162,19 +162,11 @@ def recipe(world):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world, devices_of_all):
-    """The run in one process on eight devices."""
+def undisturbed(world):
+    """The run in one process on one device."""
     out = world.root / "undisturbed"
-    commands.run(config_of(world, out), console=console())
+    commands.run(config_of(world, out, mesh={}), console=console())
     return out
-
-
-@pytest.fixture(scope="module")
-def devices_of_all():
-    import jax
-
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 devices, found {len(jax.devices())}")
 
 
 def launched(*arguments: object) -> "subprocess.Popen[str]":
@@ -240,6 +232,7 @@ def copied(killed, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_and_finish_as_one_would_have(killed, undisturbed, recipe, tmp_path):
     out = copied(killed, tmp_path / "two")
     parent = launched(recipe, "--out", out)
@@ -250,7 +243,7 @@ def test_two_processes_go_on_and_finish_as_one_would_have(killed, undisturbed, r
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 2}, pytest.param(MESH, marks=pytest.mark.slow)], ids=["two", "eight"])
-def test_one_process_goes_on_where_two_stopped(mesh, killed, undisturbed, world, tmp_path):
+def test_one_process_goes_on_where_two_stopped(mesh, killed, undisturbed, world, devices, tmp_path):
     out = copied(killed, tmp_path / "one")
     commands.run(config_of(world, out, mesh=mesh), console=console())
     assert_same_run(out, undisturbed)

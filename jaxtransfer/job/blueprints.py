@@ -20,7 +20,7 @@ from jaxtransfer.job.prepare import trained
 from jaxtransfer.job.sources import check_head, sharding_rules
 from jaxtransfer.job.tasks import make_task
 from jaxtransfer.models.api import abstract_init, apply, layout_of
-from jaxtransfer.parallel import make_mesh
+from jaxtransfer.parallel import make_mesh, spelled
 from jaxtransfer.parallel.mesh import AXES
 from jaxtransfer.plan import Blueprint, Topology, blueprint
 from jaxtransfer.source.load import checkpoint_head, described, read_config
@@ -170,10 +170,10 @@ def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
 def check_mesh(shape: Mapping[str, int], where: Topology, rows: int, accumulate: int) -> None:
     """Raises :class:`ConfigError` where the mesh is not all of the slice, or a batch does not divide over it."""
     count = int(np.prod(list(shape.values())))
-    told = " x ".join(f"{axis} {size}" for axis, size in shape.items())
     if count != where.count:
         raise ConfigError(
-            f"mesh: {told} is {count} devices, {where.name} has {where.count}; plan --search finds a mesh", "mesh"
+            f"mesh: {spelled(shape)} is {count} devices, {where.name} has {where.count}; plan --search finds a mesh",
+            "mesh",
         )
     parts = shape["data"] * shape["fsdp"] * accumulate
     if rows % parts:
@@ -192,8 +192,7 @@ def device_mesh(shape: Mapping[str, int], devices: Any) -> Mesh:
     try:
         return make_mesh(**shape, devices=devices)
     except NotImplementedError:
-        told = " x ".join(f"{axis} {size}" for axis, size in shape.items())
         raise ConfigError(
-            f"mesh: {told} does not lie along the axes of the slice: each must be a product of some of them; plan "
-            "--search finds such a mesh", "mesh",
+            f"mesh: {spelled(shape)} does not lie along the axes of the slice: each must be a product of some of them; "
+            "plan --search finds such a mesh", "mesh",
         ) from None  # fmt: skip

@@ -10,6 +10,7 @@ from jaxtransfer.config import Config
 from jaxtransfer.job import blueprints, searching
 from jaxtransfer.job.blueprints import Draft
 from jaxtransfer.job.searching import Trial
+from jaxtransfer.parallel import spelled
 from jaxtransfer.plan import Chip, Compiled, Topology
 
 GIB = 2**30
@@ -60,7 +61,7 @@ def _record(draft: Draft, trial: Trial, where: Topology, devices: Any) -> dict[s
     drawn, model, done = searching.drawn(draft, trial, where)
     page: dict[str, Any] = {
         "topology": f"{where.name}, {where.count} devices of {chip.hbm / GIB:.2f} GiB",
-        "mesh": " x ".join(f"{axis} {size}" for axis, size in trial.mesh.items()),
+        "mesh": spelled(trial.mesh),
         "batch": ", ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in drawn.batch.items()),
         "remat": str(trial.remat or "none"),
         "accumulate": trial.accumulate,

@@ -14,7 +14,7 @@ from jaxtransfer.config import Config, ConfigError, MeshConfig
 from jaxtransfer.job import blueprints
 from jaxtransfer.job.blueprints import Draft
 from jaxtransfer.models import family
-from jaxtransfer.parallel import ShardingError
+from jaxtransfer.parallel import ShardingError, spelled
 from jaxtransfer.plan import Blueprint, Estimate, Topology
 
 COMPILED, SHOWN = 3, 8
@@ -128,7 +128,7 @@ def meshes(draft: Draft, where: Topology) -> Iterator[dict[str, int]]:
     for tensor in (2**i for i in range(most.bit_length())):
         for data in (n for n in range(1, where.count + 1) if where.count % n == 0):
             if where.count % (tensor * data) == 0:
-                yield {"data": data, "fsdp": where.count // (tensor * data), "tensor": tensor}
+                yield {"data": data, "fsdp": where.count // (tensor * data), "tensor": tensor, "sequence": 1}
 
 
 def compile_best(
@@ -159,8 +159,7 @@ def row(one: Ranked) -> dict[str, Any]:
 
 
 def _words(trial: Trial) -> str:
-    mesh = ", ".join(f"{axis} {size}" for axis, size in trial.mesh.items())
-    return f"{mesh}, remat {trial.remat}, accumulate {trial.accumulate}"
+    return f"{spelled(trial.mesh)}, remat {trial.remat}, accumulate {trial.accumulate}"
 
 
 def new_file(config: Config, topology: str, to: Path | None) -> Path:

@@ -10,6 +10,7 @@ from jaxtransfer.parallel.mesh import SEQUENCE as SEQUENCE
 from jaxtransfer.parallel.mesh import ShardingError as ShardingError
 from jaxtransfer.parallel.mesh import make_mesh as make_mesh
 from jaxtransfer.parallel.mesh import parts as parts
+from jaxtransfer.parallel.mesh import spelled as spelled
 from jaxtransfer.parallel.specs import fsdp as fsdp
 from jaxtransfer.parallel.specs import gather as gather
 from jaxtransfer.parallel.specs import place as place

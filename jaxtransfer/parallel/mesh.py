@@ -6,7 +6,7 @@
 * ``tensor``: layers split, by heads and by features. Its devices are the nearest neighbours, as they talk most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,9 +39,19 @@ def make_mesh(
     shape = (data, fsdp, sequence, tensor)
     count = data * fsdp * sequence * tensor
     if min(shape) < 1 or count != len(devices):
-        told = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        told = spelled(dict(zip(AXES, shape, strict=True)))
         raise ShardingError(f"mesh {told} needs {count} devices, there are {len(devices)}")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spelled(shape: Mapping[str, int]) -> str:
+    """The axes of a mesh in words, those of one device left out.
+
+    Example:
+      >>> spelled({"data": 2, "fsdp": 4, "tensor": 1}), spelled({"data": 1})
+      ('data 2 x fsdp 4', 'of one device')
+    """
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != 1) or "of one device"
 
 
 def check_automatic(mesh: Any) -> None:
