@@ -23,15 +23,18 @@ FLOORS = {
     "adapt": 3,
     "objectives": 3,
     "scores": 3,
+    "probes": 3,
     "diagnose": 3,
     "parallel": 3,
     "data": 3,
     "optim": 3,
     "generation": 3,
     "source": 4,
+    "features": 4,
     "step": 4,
     "tasks": 4,
     "checkpoint": 5,
+    "fewshot": 5,
     "run": 6,
     "plan": 6,
     "study": 6,
@@ -44,7 +47,7 @@ FLOORS = {
 }
 
 FLAX_ROOMS = {"models"}
-DISK_ROOMS = {"source", "checkpoint", "report", "data", "config", "job", "cli"}
+DISK_ROOMS = {"source", "features", "checkpoint", "report", "data", "config", "job", "cli"}
 
 # Modules that exist to reach files or the network (`json` does not; `pathlib` is known by its methods).
 DISK_MODULES = set(
