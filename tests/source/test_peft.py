@@ -13,6 +13,7 @@ from jaxtransfer.adapt import attaching as at
 from jaxtransfer.adapt import subtrees
 from jaxtransfer.models import apply
 from jaxtransfer.source.peft import PeftError, load_adapter, write_adapter
+from jaxtransfer.source.peft_config import EVERYWHERE, READ, SILENT, read_config
 from jaxtransfer.tree.weights import is_weight
 from jaxtransfer.types import Lineage, Source
 from tests import tiny
@@ -160,6 +161,87 @@ def test_what_is_not_supported_is_refused_by_name(base, tmp_path):
     refuse({}, "is for another base; this weight is|the folder's tensor is .* the model's is", wide)
     twice = load_adapter(source, folder)
     refuse({}, "has an adapter called 'default' already", twice)
+
+
+def read(folder, **fields):
+    """What `read_config` makes of a configuration."""
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    (folder / "adapter_model.safetensors").touch()
+    return read_config(folder)
+
+
+CONFIGS = {"LORA": "LoraConfig", "IA3": "IA3Config", "VERA": "VeraConfig", "PROMPT_TUNING": "PromptTuningConfig"}
+UNSAVED = {"runtime_config"}
+"""Fields that PEFT's configurations have and its files have not."""
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_field_of_peft_is_read_or_passed_over_for_a_reason_or_refused_by_name(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    fields = {field.name for field in dataclasses.fields(getattr(peft, CONFIGS[kind]))} - UNSAVED
+    own, everywhere = (
+        {n for names, why in d.items() if why for n in names.split()} for d in (SILENT[kind], EVERYWHERE)
+    )
+    assert fields >= READ[kind].keys() | own
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} >= everywhere
+    assert not (READ[kind].keys() & own or (READ[kind].keys() | own) & everywhere)
+    for name in sorted(fields - READ[kind].keys() - own - everywhere):
+        assert read(tmp_path, peft_type=kind, **{name: None})
+        for value in (True, "all", ["head"], {"rank": 4}, 3):
+            with pytest.raises(PeftError, match=rf"field {name}=.* of a {kind} adapter is not supported"):
+                read(tmp_path, peft_type=kind, **{name: value})
+    with pytest.raises(PeftError, match="field of_tomorrow=1 of a"):
+        read(tmp_path, peft_type=kind, of_tomorrow=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("LORA", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' of a LORA adapter is not supported"),
+        ("LORA", {"r": "8"}, "field r='8' of a LORA adapter: expected int"),
+        ("LORA", {"lora_alpha": None}, "field lora_alpha=None of a LORA adapter: expected int or float"),
+        ("LORA", {"lora_alpha": True}, "field lora_alpha=True"),
+        ("LORA", {"lora_dropout": 1.5}, r"field lora_dropout=1.5 of a LORA adapter: expected a share in \[0, 1\)"),
+        ("LORA", {"use_dora": "yes"}, "field use_dora='yes' of a LORA adapter: expected bool or null"),
+        ("LORA", {"rank_pattern": [4]}, r"field rank_pattern=\[4\] of a LORA adapter: expected dict or null"),
+        ("IA3", {"feedforward_modules": 3}, "feedforward_modules=3 of a IA3 adapter: expected str or list or null"),
+        ("VERA", {"projection_prng_key": "0"}, "field projection_prng_key='0' of a VERA adapter: expected int"),
+        ("VERA", {"vera_dropout": -0.1}, "field vera_dropout=-0.1"),
+        ("PROMPT_TUNING", {"num_virtual_tokens": "4"}, "field num_virtual_tokens='4'"),
+        ("PROMPT_TUNING", {"num_transformer_submodules": 2}, "field num_transformer_submodules=2"),
+        ("PREFIX_TUNING", {}, "peft_type 'PREFIX_TUNING' is not supported .PEFT's prefixes move the tokens' positions"),
+    ],
+)
+def test_a_field_that_is_read_must_be_what_it_can_be(kind, fields, message, tmp_path):
+    with pytest.raises(PeftError, match=message):
+        read(tmp_path, peft_type=kind, **fields)
+
+
+def test_every_field_of_lora_that_is_read_counts(base, tmp_path):
+    _, source = base
+    tuned = at.attach(source, [(ATTENTION, at.lora(2, alpha=5)), (MLP, at.lora(3))], jax.random.key(0))
+    write_adapter(tuned, tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+
+    def loaded(**change):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, **change}))
+        return load_adapter(source, tmp_path).params["blocks"]["0"]["attention"]["query"]["kernel"]
+
+    assert float(loaded().scale) == 2.5 and loaded().rate == 0.0
+    assert float(loaded(lora_alpha=8, alpha_pattern={}).scale) == 4.0
+    assert float(loaded(alpha_pattern={"query": 3}).scale) == 1.5
+    assert float(loaded(use_rslora=True, lora_alpha=3).scale) == pytest.approx(3 / 2**0.5)
+    assert loaded(lora_dropout=0.25).rate == 0.25
+    for change, message in (
+        ({"r": 4}, "query/kernel: its tensors are of rank 2, the configuration says 4"),
+        ({"rank_pattern": {}}, "down/kernel: its tensors are of rank 3, the configuration says 2"),
+        ({"rank_pattern": {"down": "3"}}, "its tensors are of rank 3, the configuration says 2"),
+        ({"rank_pattern": {".*": "3"}}, "rank_pattern or alpha_pattern says '3': expected a number"),
+        ({"alpha_pattern": {"(": 3}}, "is no regular expression"),
+        ({"use_dora": True}, "query/kernel: the folder has .* of its adapter, but no lora_magnitude_vector"),
+    ):
+        with pytest.raises(PeftError, match=message):
+            loaded(**change)
 
 
 def test_adapters_that_peft_has_no_form_for_are_refused(base, tmp_path):
