@@ -60,6 +60,7 @@ def init_state(
     *,
     mesh: Mesh | None = None,
     sharding: Rules = (),
+    terms: Params | None = None,
 ) -> tuple[State, Params]:
     """Lays the parameters out and splits them by label: what a step changes, and what it does not.
 
@@ -72,6 +73,7 @@ def init_state(
       tx: the transformation over the trainable partition.
       key: typed PRNG key of the run.
       mesh, sharding: where and how to place everything; see `parallel.shardings`.
+      terms: the first state of the objective's terms, `objectives.states_of`.
 
     Raises:
       ValueError: nothing trains, an integer leaf would, or a tied head would over a frozen embedding.
@@ -105,7 +107,8 @@ def init_state(
         abstract = jax.eval_shape(tx.init, trained)
         init = jax.jit(tx.init, out_shardings=state_shardings(abstract, trained, where, mesh))
         step, key = put((step, key), NamedSharding(mesh, P()))
-    return State(step, trained, stats, init(trained), jnp.copy(key), {}), frozen_leaves
+        terms = put(terms or {}, NamedSharding(mesh, P()))
+    return State(step, trained, stats, init(trained), jnp.copy(key), dict(terms or {})), frozen_leaves
 
 
 def whole(state: State, frozen: Params) -> Params:
@@ -189,7 +192,7 @@ def make_step(
         def view(stats: Params, batch: Any, key: jax.Array) -> tuple[View, Params]:
             params = combine(combine(trained, stats), frozen)
             outputs = apply(
-                model, held(_gathered(bare(params), mesh, sharding), frozen), batch, train=training, key=key,
+                model, held(_gathered(model, bare(params), mesh, sharding), frozen), batch, train=training, key=key,
                 capture=capture, remat=remat, dtype=precision, constrain=_constraint(mesh), also=(PROJECTION,),
             )  # fmt: skip
             seen = View(params, outputs, batch, key, step, trained, {}, constants, terms, model, precision)
@@ -341,8 +344,9 @@ def _constraint(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array] | None:
     return constrain
 
 
-def _gathered(params: Params, mesh: Mesh | None, rules: Rules) -> Params:
-    return params if mesh is None else gather(params, mesh, rules)
+def _gathered(model: Model, params: Params, mesh: Mesh | None, rules: Rules) -> Params:
+    """What lies outside stacks ready for its use; a user's own model takes arrays alone."""
+    return params if mesh is None else gather(params, mesh, rules, columns=model.family != "foreign")
 
 
 def _pin(tree: Params, mesh: Mesh | None, rules: Rules) -> Params:
@@ -386,7 +390,7 @@ def make_eval(
     """
 
     def evaluate(state: State, frozen: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        params = _gathered(bare(whole(state, frozen)), mesh, sharding)
+        params = _gathered(model, bare(whole(state, frozen)), mesh, sharding)
         also = (PROJECTION,) if callable(outputs) else ()
         found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh), also=also)
         picked = dict(outputs(found, batch)) if callable(outputs) else _picked(found, outputs)

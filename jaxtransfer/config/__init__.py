@@ -5,6 +5,7 @@ from jaxtransfer.config.files import dump as dump
 from jaxtransfer.config.files import from_dict as from_dict
 from jaxtransfer.config.files import keys as keys
 from jaxtransfer.config.files import load as load
+from jaxtransfer.config.objectives import ObjectiveConfig as ObjectiveConfig
 from jaxtransfer.config.optimizers import GroupConfig as GroupConfig
 from jaxtransfer.config.optimizers import OptimizerConfig as OptimizerConfig
 from jaxtransfer.config.schema import AdaptConfig as AdaptConfig

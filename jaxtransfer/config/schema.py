@@ -6,6 +6,7 @@ from typing import Literal
 from jaxtransfer.config.adapters import AdapterConfig, Quantization, check_trained
 from jaxtransfer.config.checks import at_least, check, increasing
 from jaxtransfer.config.document import ConfigError
+from jaxtransfer.config.objectives import ObjectiveConfig, check_domains
 from jaxtransfer.config.optimizers import OptimizerConfig
 from jaxtransfer.config.tasks import TaskConfig, TextClassificationConfig
 from jaxtransfer.data.sources import DataSpec
@@ -46,6 +47,8 @@ class DataConfig:
 
     Attributes:
       retain: of the source's own domain, held out: what the model forgets is measured on it.
+      target: of the domain to adapt to; its labels, if it has any, are not read.
+      replay: of the source's own domain, labelled: what is learned beside the task, or protected from it.
       subgroups: further columns, by whose values the final metrics are broken down.
       batch: rows of a batch over all processes.
       buckets: static lengths, in tokens, that batches of texts are padded to; None is 32, doubled up to
@@ -56,6 +59,8 @@ class DataConfig:
     validation: DataSpec | None = None
     test: DataSpec | None = None
     retain: DataSpec | None = None
+    target: DataSpec | None = None
+    replay: DataSpec | None = None
     subgroups: tuple[str, ...] = ()
     batch: int = 16
     buckets: tuple[int, ...] | None = None
@@ -114,6 +119,7 @@ class RunConfig:
       log_every: in steps.
       max_rejected: non-finite steps in a row until the run stops.
       tensorboard: whether scalars are written for TensorBoard as well (extra ``tensorboard``).
+      cache: ``auto`` computes frozen stages once where that is valid, ``off`` in every epoch anew; the results agree.
     """
 
     epochs: int | None = None
@@ -130,6 +136,7 @@ class RunConfig:
     log_every: int = 10
     max_rejected: int = 10
     tensorboard: bool = False
+    cache: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -194,8 +201,10 @@ class PretrainConfig:
     run: RunConfig
 
     def __post_init__(self) -> None:
-        if self.data.retain is not None:
-            raise ConfigError("data.retain: what is trained from scratch has nothing to forget", "data.retain")
+        for name in ("retain", "target", "replay"):
+            if getattr(self.data, name) is not None:
+                told = f"data.{name}: what is trained from scratch has no domain before it, nor a term that reads one"
+                raise ConfigError(told, f"data.{name}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +216,7 @@ class Config:
     task: TaskConfig = dataclasses.field(default_factory=TextClassificationConfig)
     data: DataConfig
     adapt: AdaptConfig = AdaptConfig()
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     run: RunConfig
     mesh: MeshConfig = MeshConfig()
@@ -223,6 +233,7 @@ class Config:
             raise ConfigError(f"data.buckets: {told}", "data.buckets")
         if self.data.validation is None and self.run.patience is not None:
             raise ConfigError("run.patience: needs data.validation to be measured on", "run.patience")
+        check_domains(self.objective, self.data.target is not None, self.data.replay is not None)
         if self.source.init == "scratch":
             for field, given in {
                 "pretrain": self.pretrain,
@@ -230,6 +241,7 @@ class Config:
                 "data.retain": self.data.retain,
                 "adapt.quantize": self.adapt.quantize or None,
                 "adapt.adapters": self.adapt.adapters or None,
+                **{f"objective.{field}": True for field in self.objective.anchored},
             }.items():
                 if given is not None:
                     raise ConfigError(f"{field}: needs a source with weights, source.init asks for none", field)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxtransfer.config.checks import at_least, check
+from jaxtransfer.config.document import ConfigError
 from jaxtransfer.data.augment import Augment
 
 
@@ -16,6 +17,7 @@ class TextClassificationConfig:
       pooling: None is the family's own, ``"mean"`` the mean over unmasked positions.
       max_length: tokens kept of each text.
       label_smoothing: in [0, 1).
+      head: a fresh one, or the source's own, whose labels must be those here.
     """
 
     kind: Literal["text-classification"] = "text-classification"
@@ -23,6 +25,7 @@ class TextClassificationConfig:
     pooling: Literal["mean"] | None = None
     max_length: int = 128
     label_smoothing: float = 0.0
+    head: Literal["fresh", "source"] = "fresh"
 
     def __post_init__(self) -> None:
         at_least(self, 3, "max_length")
@@ -77,6 +80,7 @@ class ImageClassificationConfig:
       class_weights: of each class in the training loss; ``"balanced"`` makes all weigh the same.
       mixup: alpha; 0 is none.
       pooling: None is the family's own, ``"mean"`` the mean over positions.
+      head: a fresh one, or the source's own, whose labels must be those here.
     """
 
     kind: Literal["image-classification"]
@@ -92,6 +96,7 @@ class ImageClassificationConfig:
     class_weights: tuple[float, ...] | Literal["balanced"] | None = None
     mixup: float = 0.0
     pooling: Literal["mean"] | None = None
+    head: Literal["fresh", "source"] = "fresh"
 
     def __post_init__(self) -> None:
         sides = (self.size, self.size) if isinstance(self.size, int) else self.size or (1, 1)
@@ -105,6 +110,8 @@ TaskConfig = TextClassificationConfig | CausalLMConfig | ImageClassificationConf
 
 
 def _check_labels(record: Any) -> None:
+    if record.head == "source" and record.pooling is not None:
+        raise ConfigError(f"pooling: is that of the source's head with head: source, got {record.pooling}", "pooling")
     check(0 <= record.label_smoothing < 1, "label_smoothing", "in [0, 1)", record.label_smoothing)
     names = record.labels
     check(names is None or len(set(names)) == len(names) >= 2, "labels", "two or more different names", names)

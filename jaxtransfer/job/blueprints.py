@@ -11,12 +11,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxtransfer.adapt import quantized
-from jaxtransfer.config import CausalLMConfig, Config, ConfigError, ImageClassificationConfig
-from jaxtransfer.data.examples import Examples, collate
-from jaxtransfer.data.images import Images
-from jaxtransfer.data.packing import pack
+from jaxtransfer.config import Config, ConfigError
 from jaxtransfer.job import adapting
 from jaxtransfer.job.prepare import trained
+from jaxtransfer.job.shapes import Shapes, batch_of
 from jaxtransfer.job.sources import check_head, sharding_rules
 from jaxtransfer.job.tasks import make_task
 from jaxtransfer.models.api import abstract_init, apply, layout_of
@@ -29,8 +27,6 @@ from jaxtransfer.tasks import Task
 from jaxtransfer.tree.paths import flatten, unflatten
 from jaxtransfer.tree.stacks import stack
 from jaxtransfer.types import Head, Lineage, Source
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +61,10 @@ def draft(config: Config, say: Any) -> Draft:
       SourceError, HubError, ConfigFieldError: the architecture cannot be read; ConfigError: the task or its adapters do
         not fit it.
     """
+    if not config.objective.plain:
+        raise ConfigError(
+            "objective: a plan counts the task's loss alone; leave terms, mixout and memory out", "objective"
+        )
     labels = getattr(config.task, "labels", ()) or ("0", "1")
     task = make_task(config, None, labels)
     trunk = architecture(config, task, say)
@@ -131,34 +131,6 @@ def _adapted(config: Config, trunk: Source, task: Task) -> Source:
 
     params = jax.eval_shape(begin, trunk.params)
     return dataclasses.replace(made[0], params=params)
-
-
-def batch_of(config: Config, task: Task, trunk: Source) -> Shapes:
-    """The shapes of a batch of the longest bucket: what the loader would collate, of one made-up example."""
-    how = config.task
-    one = np.zeros(1, np.int32)
-    if isinstance(how, ImageClassificationConfig):
-        labels = np.zeros((1, len(task.head.labels)), np.float32) if how.multi_label else one
-        processor = task.processor(trunk)
-        if processor.size is None:
-            raise ConfigError("task.size: the model fixes no size of images; set one", "task.size")
-        examples = Examples(fixed={"labels": labels}, lazy=Images([None], processor, None, ""))
-        found = collate(examples, np.array([-1]), 0)
-    else:
-        examples = _texts(how, config.buckets[-1], one)
-        found = collate(examples, np.array([0]), config.buckets[-1])
-    rows = config.data.batch
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in found.items()}
-
-
-def _texts(how: Any, length: int, one: np.ndarray) -> Examples:
-    tokens = np.zeros(length, np.int32)
-    if not isinstance(how, CausalLMConfig):
-        return Examples(ragged={"input_ids": [tokens]}, fixed={"labels": one})
-    fields = {"input_ids": [tokens], "labels": [tokens]}
-    if how.packing:
-        fields = {name: list(rows) for name, rows in pack(fields, [[0]], length, {}).items()}
-    return Examples(ragged=fields, fixed={"bytes": one, "document": one})
 
 
 def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:

@@ -18,12 +18,13 @@ from jaxtransfer.job import adapting
 from jaxtransfer.job.prepare import Job, Say, prepare, trained
 from jaxtransfer.job.sources import check_head, load_source, placed
 from jaxtransfer.job.tasks import make_task
+from jaxtransfer.job.terms import terms_of
 from jaxtransfer.job.train import best_step, finished, saved_best
 from jaxtransfer.models.registry import ConfigFieldError, family
 from jaxtransfer.run import Progress
 from jaxtransfer.source import PeftError, load
 from jaxtransfer.source import export as export_source
-from jaxtransfer.step import init_state, params_of
+from jaxtransfer.step import bare, init_state, params_of
 from jaxtransfer.tasks import Task
 from jaxtransfer.tree import fingerprint
 from jaxtransfer.tree.paths import flatten
@@ -97,12 +98,15 @@ def _rebuilt(folder: Path, config: Config) -> Source:
             f"has {now[:12]} by now; put that source back"
         )
     source = adapting.begun(config, trunk, task, seed)
-    how = trained(config, task, source.model, source.params, page["run"]["steps"], None, ())
-    like = init_state(source.model, source.params, how["labels"], how["tx"], jax.random.key(seed))
+    steps = page["run"]["steps"]
+    terms = terms_of(config, task, trunk, source.model, source.params, steps)
+    params = {**source.params, **terms.beside(seed)}
+    how = trained(config, task, source.model, params, steps, None, (), terms=terms)
+    like = init_state(source.model, params, how["labels"], how["tx"], jax.random.key(seed), terms=terms.states)
     best = folder / CHECKPOINTS / str(best_step(_progress(folder)))
     state, frozen, _ = checkpoint.restore(best, like=like, lineage=source.lineage)
     lineage = dataclasses.replace(source.lineage, operations=tuple(page["lineage"]["operations"]))
-    return dataclasses.replace(source, params=params_of(state, frozen), lineage=lineage)
+    return dataclasses.replace(source, params=bare(params_of(state, frozen)), lineage=lineage)
 
 
 def _progress(folder: Path) -> Progress:

@@ -10,7 +10,7 @@ from jaxtransfer.tree.paths import flatten
 from jaxtransfer.tree.rules import Rule, Rules, as_rules
 from jaxtransfer.types import Model
 
-GROUPS = ("head", "trunk", "adapter", "adapter_b")
+GROUPS = ("head", "trunk", "adapter", "adapter_b", "aux")
 LORA_PLUS = 16
 """The rate of LoRA's b over that of a, where the configuration gives it none of its own (arXiv:2402.12354)."""
 UNTIE = "; adapt.untie: true does the former"

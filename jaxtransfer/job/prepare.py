@@ -12,23 +12,26 @@ import optax
 from jax.sharding import Mesh
 
 from jaxtransfer.adapt import groups
-from jaxtransfer.config import Config
+from jaxtransfer.config import Config, DataConfig, ObjectiveConfig
 from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.data.loader import Examples, Loader, batches
+from jaxtransfer.data.pairing import Paired
 from jaxtransfer.data.sources import DataSpec, read
 from jaxtransfer.job import adapting, checks
 from jaxtransfer.job.optimization import optimizer_groups, recipe, thawed
 from jaxtransfer.job.sources import load_source, make_mesh_of, sharding_rules
 from jaxtransfer.job.tasks import columns_of, make_task
+from jaxtransfer.job.terms import DOMAINS, Terms, terms_of
 from jaxtransfer.models import init
 from jaxtransfer.models.api import abstract_init
+from jaxtransfer.objectives.continual import a_gem
 from jaxtransfer.optim import Group, Row, explain, optimizer
 from jaxtransfer.parallel.distributed import in_step, share
 from jaxtransfer.step import Step, init_state, make_eval, make_step
 from jaxtransfer.tasks import Task
 from jaxtransfer.tree.paths import Params, flatten
-from jaxtransfer.tree.rules import Rules
-from jaxtransfer.types import Model, Source, State
+from jaxtransfer.tree.rules import Rule, Rules
+from jaxtransfer.types import AUX, TARGET, Model, Source, State
 
 Say = Callable[[str], None]
 TRAIN, RETAIN = "train", "retain"
@@ -43,12 +46,16 @@ class Job:
     Attributes:
       trunk: the source as loaded: bare, or with the head that the task goes on with.
       processor: the trunk's tokenizer, or how its images are prepared.
-      data: by split: ``train``, ``validation``, ``test``, ``retain``.
+      data: by split: ``train``, ``validation``, ``test``, ``retain``, ``target``, ``replay``.
       training: the examples to train on.
       examples: those to measure, by split; the training data where no others are given.
+      domains: further examples that every batch has some of, or that are read once: ``target``, ``replay``.
+      terms: what is minimised beside the task's loss.
       labels: what trains; ``groups``: how; ``tx``: the two together.
       steps: batches of a run; ``epoch``: batches of an epoch.
       before: the run that makes the source, until it has; the trunk then has no weights of its own yet.
+      features: examples -> the same with the output of the frozen stages in place, which ``step`` and ``evaluate`` then
+        go on from; None where these run all of the model. See `caching`.
     """
 
     config: Config
@@ -58,6 +65,8 @@ class Job:
     data: Mapping[str, Dataset]
     training: Examples
     examples: Mapping[str, Examples]
+    domains: Mapping[str, Examples]
+    terms: Terms
     model: Model
     labels: Any
     groups: Mapping[str, Group]
@@ -69,6 +78,7 @@ class Job:
     mesh: Mesh | None
     sharding: Rules
     before: "Job | None" = None
+    features: Callable[[Examples], Examples] | None = None
 
     @property
     def metric(self) -> str:
@@ -90,17 +100,38 @@ class Job:
     def start(self, seed: int, *, scratch: bool = False) -> tuple[State, Params]:
         """The first state of a run of this seed, and what is frozen in it."""
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        params = self.adapted(seed, scratch=scratch).params
-        return init_state(self.model, params, self.labels, self.tx, key, mesh=self.mesh, sharding=self.sharding)
+        params = {**self.adapted(seed, scratch=scratch).params, **self.terms.beside(seed)}
+        return init_state(
+            self.model, params, self.labels, self.tx, key, mesh=self.mesh, sharding=self.sharding,
+            terms=self.terms.states,
+        )  # fmt: skip
 
     def loader(self, split: str, *, seed: int = 0, train: bool = False) -> Loader:
         """Batches of a split: shuffled without end to train on, or once in order; of them the rows of this process."""
+        examples = self.training if train else self.examples[split]
+        return self._batches(examples if self.features is None else self.features(examples), train, seed)
+
+    def stream(self, seed: int) -> Loader | Paired:
+        """Batches to train on, each with rows of every further domain that the objective reads."""
+        main = self.loader(TRAIN, seed=seed, train=True)
+        if not self.terms.domains:
+            return main
+        return Paired(main, {name: self._batches(self.domains[name], True, seed) for name in self.terms.domains})
+
+    def _batches(self, examples: Examples, train: bool, seed: int) -> Loader:
         index, count = share(self.mesh)
         return batches(
-            self.training if train else self.examples[split], batch=self.config.data.batch,
-            buckets=self.config.buckets, shuffle=train, seed=seed, epochs=None if train else 1,
-            process_index=index, process_count=count,
+            examples, batch=self.config.data.batch, buckets=self.config.buckets, shuffle=train, seed=seed,
+            epochs=None if train else 1, process_index=index, process_count=count,
         )  # fmt: skip
+
+    def constants(self, seed: int) -> dict[str, Any]:
+        """What the objective knows beforehand: the source's values of what trains, and which of them matter."""
+        if not self.terms.anchored:
+            return {}
+        state, frozen = self.start(seed)
+        rows = self.domains.get("replay")
+        return self.terms.constants(state, frozen, rows)
 
     def budgeted(self, budget: int, seed: int) -> "Job":
         """The same run with less to train on: the first ``budget`` examples of each class, as ``StudyConfig`` says."""
@@ -112,24 +143,29 @@ class Job:
     def control(self) -> "Job":
         """The same run for a start from scratch: all of the bare architecture trains.
 
-        Random layers that are frozen, packed or adapted would be no control.
+        Random layers that are frozen, packed or adapted would be no control; neither would an objective that holds to a
+        source or reads another domain.
         """
         adapt = self.config.adapt
-        if groups.FROZEN not in flatten(self.labels).values() and not adapt.adapters and not adapt.quantize:
+        whole = groups.FROZEN not in flatten(self.labels).values() and not adapt.adapters and not adapt.quantize
+        if whole and self.config.objective.plain:
             return self
         bare = abstract_init(self.model)
         sharding = () if self.mesh is None else sharding_rules(self.mesh, self.model, bare)
-        how = trained(self.config, self.task, self.model, bare, self.steps, self.mesh, sharding, thaw=True)
-        return dataclasses.replace(self, **how, sharding=sharding)
+        alone = dataclasses.replace(self.config, objective=ObjectiveConfig(), data=_labelled(self.config.data))
+        terms = terms_of(alone, self.task, self.trunk, self.model, bare, self.steps)
+        how = trained(alone, self.task, self.model, bare, self.steps, self.mesh, sharding, terms=terms, thaw=True)
+        return dataclasses.replace(self, **how, terms=terms, sharding=sharding, features=None)
 
     def rows(self) -> list[Row]:
         """What trains and what it costs."""
-        return explain(self.adapted(self.config.run.seed).params, self.labels, self.groups)
+        seed = self.config.run.seed
+        return explain({**self.adapted(seed).params, **self.terms.beside(seed)}, self.labels, self.groups)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run folder this run's: its configuration but for its places, its source, its data."""
         known = _dotted(dataclasses.asdict(self.config))
-        config = {key: value for key, value in known if key != "out" and not key.startswith("mesh.")}
+        config = {key: value for key, value in known if key not in ("out", "run.cache") and not key.startswith("mesh.")}
         data = {f"data {split}": data.digest for split, data in self.data.items()}
         if self.before is not None:
             data |= {f"pretrain data {split}": data.digest for split, data in self.before.data.items()}
@@ -146,35 +182,36 @@ def prepare(config: Config, say: Say) -> Job:
     Raises:
       ConfigError, DataError, SourceError, RuleError, GroupError, ...: see the rooms' own functions.
     """
-    columns = columns_of(config)
-    data = {
-        split: read(spec, columns if split == RETAIN else (*columns, *config.data.subgroups))
-        for split, spec in splits(config).items()
-    }
+    data = {split: read(spec, _columns(config, split)) for split, spec in splits(config).items()}
     task = make_task(config, data[TRAIN])
     checks.check_task(config, task)
     mesh = make_mesh_of(config)
     trunk = load_source(config, task, mesh, say)
     processor = task.processor(trunk)
     training = task.prepare(processor, data[TRAIN], train=True)
-    measured = {split: rows for split, rows in data.items() if split not in (TRAIN, RETAIN)} or {TRAIN: data[TRAIN]}
+    domains = {split: task.prepare(processor, data[split], train=True) for split in DOMAINS if split in data}
+    beside = (TRAIN, RETAIN, *DOMAINS)
+    measured = {split: rows for split, rows in data.items() if split not in beside} or {TRAIN: data[TRAIN]}
     measured |= {RETAIN: data[RETAIN]} if RETAIN in data else {}
     examples = {split: task.prepare(processor, rows, train=False) for split, rows in measured.items()}
-    checks.check_vocabulary({TRAIN: training, **examples}, trunk.model)
-    for note in dict.fromkeys(note for example in (training, *examples.values()) for note in example.notes):
+    checks.check_vocabulary({TRAIN: training, **examples, **domains}, trunk.model)
+    all_examples = (training, *examples.values(), *domains.values())
+    for note in dict.fromkeys(note for example in all_examples for note in example.notes):
         say(note)
     source = adapting.begun(config, trunk, task, config.run.seed)
     checks.check_shapes(config, source, training)
     checks.check_budgets(config, task, data[TRAIN])
     epoch = -(-len(training) // config.data.batch)
     steps = config.run.steps or epoch * (config.run.epochs or 0)
-    sharding = () if mesh is None else sharding_rules(mesh, source.model, source.params)
-    how = trained(config, task, source.model, source.params, steps, mesh, sharding)
+    terms = terms_of(config, task, trunk, source.model, source.params, steps)
+    params = {**source.params, **terms.beside(config.run.seed)}
+    sharding = () if mesh is None else sharding_rules(mesh, source.model, params)
+    how = trained(config, task, source.model, params, steps, mesh, sharding, terms=terms)
     adapting.check_labels(config, source, adapting.puts(config, trunk, task, config.run.seed), how["labels"])
     part = config.pretraining()
     return Job(
         config=config, trunk=trunk, task=task, processor=processor, data=data, training=training, examples=examples,
-        model=source.model, **how, steps=steps, epoch=epoch, mesh=mesh, sharding=sharding,
+        domains=domains, terms=terms, model=source.model, **how, steps=steps, epoch=epoch, mesh=mesh, sharding=sharding,
         before=None if part is None else prepare(part, say),
     )  # fmt: skip
 
@@ -188,13 +225,14 @@ def trained(
     mesh: Mesh | None,
     sharding: Rules,
     *,
+    terms: Terms | None = None,
     thaw: bool = False,
 ) -> dict[str, Any]:
     """What trains and how: ``labels``, ``groups``, ``tx``, ``step`` and ``evaluate``.
 
-    With ``thaw`` what would be frozen trains too.
+    With ``thaw`` what would be frozen trains too. ``params`` are of the model and of what trains beside it.
     """
-    rules = recipe(config, model)
+    rules = [*([Rule(f"{AUX}/.*", AUX)] if AUX in params else []), *recipe(config, model)]
     labels = groups.labels_of(model, thawed(rules) if thaw else rules, params)
     checks.check_tied(model, labels)
     how = optimizer_groups(config, labels, steps, control=thaw)
@@ -202,9 +240,11 @@ def trained(
     scales = None if decay is None else groups.layerwise_decay(model, params, decay)
     tx = optimizer(labels, how, clip=config.optimizer.clip, scales=scales)
     where = {"mesh": mesh, "sharding": sharding, "precision": jnp.dtype(config.run.precision)}
+    if config.objective.memory:
+        tx = a_gem(tx)
     step = make_step(
-        model, task.objective, tx, **where, remat=config.run.remat, accumulate=config.run.accumulate,
-        augment=task.augment,
+        model, task.objective if terms is None else terms.objective, tx, **where, remat=config.run.remat,
+        accumulate=config.run.accumulate, augment=task.augment, **({} if terms is None else terms.options),
     )  # fmt: skip
     evaluate = make_eval(model, observing(task), **where)
     compiled = {"step": in_step("step", step), "evaluate": in_step("evaluate", evaluate)}
@@ -219,8 +259,20 @@ def observing(task: Task) -> Callable[[Mapping[str, Any], Mapping[str, Any]], di
 def splits(config: Config) -> dict[str, DataSpec]:
     """The data sets that a configuration names."""
     data = config.data
-    named = {TRAIN: data.train, "validation": data.validation, "test": data.test, RETAIN: data.retain}
+    named = {name: getattr(data, name) for name in (TRAIN, "validation", "test", RETAIN, *DOMAINS)}
     return {split: spec for split, spec in named.items() if spec is not None}
+
+
+def _columns(config: Config, split: str) -> tuple[str, ...]:
+    """What is read of a split: of the target, and of what no loss is taken of, no labels."""
+    columns = columns_of(config)
+    if split == TARGET or (split == TRAIN and config.objective.task == 0):
+        return columns[:1]
+    return columns if split in (RETAIN, *DOMAINS) else (*columns, *config.data.subgroups)
+
+
+def _labelled(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, target=None, replay=None)
 
 
 def some_of(dataset: Dataset, classes: np.ndarray | None, budget: int, seed: int) -> Dataset:

@@ -66,6 +66,11 @@ def check_head(source: Source, task: Task) -> None:
             f"{source.lineage.ref}: {ends}; {task.name} goes on with the head of its source, which must be for "
             f"{task.head.kind}"
         )
+    if not task.fresh_head and head is not None and head.labels != task.head.labels:
+        raise SourceError(
+            f"{source.lineage.ref}: its head tells {', '.join(head.labels)} apart, in this order, the task "
+            f"{', '.join(task.head.labels)}; name the source's as task.labels, or take a fresh head"
+        )
 
 
 def placed(mesh: Mesh | None) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def make_task(config: Config, train: Dataset | None, labels: Sequence[str] = ())
         classes = tuple(labels) or task.labels or _classes(config, train)
         if isinstance(task, TextClassificationConfig):
             return text_classification(
-                classes, max_length=task.max_length, label_smoothing=task.label_smoothing, pooling=task.pooling
-            )
+                classes, max_length=task.max_length, label_smoothing=task.label_smoothing, pooling=task.pooling,
+                fresh_head=task.head == "fresh",
+            )  # fmt: skip
         return _images(task, classes, train)
     except (ConfigError, DataError):
         raise
@@ -69,6 +70,7 @@ def _images(task: ImageClassificationConfig, classes: Sequence[str], train: Data
         classes, multi_label=task.multi_label, size=task.size, channels=task.channels, mean=task.mean, std=task.std,
         augment=task.augment, on_bad=task.on_bad, label_smoothing=task.label_smoothing, class_weights=weights,
         counts=counts, examples=None if train is None else len(train), mixup=task.mixup, pooling=task.pooling,
+        fresh_head=task.head == "fresh",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtransfer import checkpoint
 from jaxtransfer.job.prepare import Job
 from jaxtransfer.run import Callback, Progress, Saver, Selection, Stop, fit
-from jaxtransfer.step import params_of, shard_batch
+from jaxtransfer.step import CONSTANTS, bare, params_of, shard_batch
 from jaxtransfer.tasks import collect
 from jaxtransfer.tree.paths import Params
 from jaxtransfer.types import Source, State
@@ -76,7 +76,7 @@ def train(
 ) -> State:
     """Runs `fit` as the configuration says, from the start or from a saved position."""
     run = job.config.run
-    data = job.loader("train", seed=seed, train=True)
+    data = job.stream(seed)
     if position is not None:
         data.restore(position)
 
@@ -85,7 +85,7 @@ def train(
         return {name: metric.value for name, metric in job.task.metrics(found).items()}
 
     return fit(
-        _on_mesh(job), state, frozen, data,
+        _stepping(job, job.constants(seed)), state, frozen, data,
         steps=job.steps,
         evaluate=evaluate if "validation" in job.examples else None,
         every=run.evaluate_every or job.epoch,
@@ -101,10 +101,14 @@ def train(
     )  # fmt: skip
 
 
-def _on_mesh(job: Job) -> Callable[..., Any]:
-    if job.mesh is None:
-        return job.step
-    return lambda state, frozen, batch: job.step(state, frozen, shard_batch(batch, job.mesh))
+def _stepping(job: Job, constants: Mapping[str, Any]) -> Callable[..., Any]:
+    """The step, which puts rows on the mesh and knows the constants; these are saved nowhere."""
+
+    def step(state: State, frozen: Params, batch: Mapping[str, Any]) -> Any:
+        held = {**frozen, CONSTANTS: constants} if constants else frozen
+        return job.step(state, held, shard_batch(batch, job.mesh))
+
+    return step
 
 
 def score(job: Job, seed: int, *, scratch: bool, stop: Stop, callbacks: Sequence[Callback]) -> float:
@@ -129,7 +133,7 @@ def finished(job: Job, seed: int, state: State, frozen: Params, progress: Progre
     at = progress.best_batch or progress.batch
     note = f"fit(steps={at} of {job.steps}, batch={job.config.data.batch}, seed={seed}, {trained})"
     lineage = dataclasses.replace(source.lineage, operations=(*source.lineage.operations, note))
-    return dataclasses.replace(source, params=params_of(state, frozen), lineage=lineage)
+    return dataclasses.replace(source, params=bare(params_of(state, frozen)), lineage=lineage)
 
 
 def saved_best(job: Job, root: Path, like: tuple[State, Params], progress: Progress) -> tuple[State, Params]:

@@ -6,6 +6,7 @@ from jaxtransfer.objectives import discrepancy as discrepancy
 from jaxtransfer.objectives import distillation as distillation
 from jaxtransfer.objectives import regularisers as regularisers
 from jaxtransfer.objectives import source_free as source_free
+from jaxtransfer.objectives import terms as terms
 from jaxtransfer.objectives.language import language_model as language_model
 from jaxtransfer.objectives.language import token_losses as token_losses
 from jaxtransfer.objectives.losses import IGNORE as IGNORE
@@ -14,3 +15,10 @@ from jaxtransfer.objectives.losses import balanced as balanced
 from jaxtransfer.objectives.losses import binary_cross_entropy as binary_cross_entropy
 from jaxtransfer.objectives.losses import cross_entropy as cross_entropy
 from jaxtransfer.objectives.mixup import mixup as mixup
+from jaxtransfer.objectives.seen import boundary as boundary
+from jaxtransfer.objectives.terms import Term as Term
+from jaxtransfer.objectives.terms import aux_of as aux_of
+from jaxtransfer.objectives.terms import captures as captures
+from jaxtransfer.objectives.terms import shapes_of as shapes_of
+from jaxtransfer.objectives.terms import states_of as states_of
+from jaxtransfer.objectives.terms import total as total

@@ -136,6 +136,27 @@ def path_importance(path: Params, params: Params, before: Params, damping: float
     return jax.tree.map(lambda w, p, q: jnp.maximum(w, 0.0) / ((p - q) ** 2 + damping), path, params, before)
 
 
+def a_gem(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation of gradients that are first `project`-ed: ``update(g, state, params, reference=r)``.
+
+    ``make_step(memory=...)`` hands ``reference`` over. Clipping inside ``tx`` measures what is left.
+
+    Example:
+      >>> tx = a_gem(optax.sgd(1.0))
+      >>> g, r = {"w": jnp.array([1.0, -1.0])}, {"w": jnp.array([0.0, 2.0])}
+      >>> updates, _ = tx.update(g, tx.init(g), reference=r)
+      >>> updates["w"].tolist()
+      [-1.0, -0.0]
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def update(grads: Any, state: Any, params: Any = None, *, reference: Any, **extra: Any) -> tuple[Any, Any]:
+        extra.pop("norm", None)  # that of the gradient before
+        return inner.update(project(grads, reference), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)  # type: ignore[arg-type]
+
+
 def project(gradient: Params, reference: Params) -> Params:
     """A-GEM: a gradient that does not raise the loss on the memory, to first order (Chaudhry et al. 2019).
 

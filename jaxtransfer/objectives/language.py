@@ -60,6 +60,13 @@ def _at(labels: jax.Array, logits: jax.Array) -> jax.Array:
 token_losses.defvjp(_forward, _backward)
 
 
+def _first_largest(logits: jax.Array) -> jax.Array:
+    """``argmax`` as two reductions, each of which stays where the vocabulary is split; XLA sends all of it for one."""
+    top = logits == jnp.max(logits, axis=-1, keepdims=True)
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(top, places, logits.shape[-1]), axis=-1)
+
+
 def losses_of(outputs: Mapping[str, Any], labels: jax.Array) -> jax.Array:
     """Cross-entropy of every token, (B, T), from a model's outputs, in chunks where it pays; for evaluation."""
     projection = outputs.get(PROJECTION)
@@ -102,7 +109,7 @@ def language_model(label_smoothing: float = 0.0, z_loss: float = 0.0, *, chunks:
             losses = (1.0 - label_smoothing) * losses + label_smoothing * (log_z - mean)
         if z_loss:
             losses = losses + z_loss * log_z * log_z
-        hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        hits = (_first_largest(logits) == labels).astype(jnp.float32)
         loss, accuracy = (jnp.sum(jnp.where(share > 0, values * share, 0.0)) for values in (losses, hits))
         return loss, accuracy
 

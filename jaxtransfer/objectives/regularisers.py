@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtransfer.tree.paths import Params, flatten, unflatten
+from jaxtransfer.tree.paths import Params, flatten, map_with_path
 
 
 def l2_sp(params: Params, anchor: Params, alpha: float = 0.01, beta: float = 0.01) -> jax.Array:
@@ -86,15 +86,16 @@ def mixout(params: Params, anchor: Params, key: jax.Array, probability: float) -
     """
     if not 0 <= probability < 1:
         raise ValueError(f"mixout: probability must be in [0, 1), got {probability}")
-    old, out = flatten(anchor), {}
-    for index, (path, leaf) in enumerate(flatten(params).items()):
+    old, number = flatten(anchor), {path: i for i, path in enumerate(flatten(params))}
+
+    def mixed(path: str, leaf: jax.Array) -> jax.Array:
         if path not in old:
-            out[path] = leaf
-            continue
+            return leaf
         w0 = _of_shape(path, old[path], leaf)
-        kept = jax.random.bernoulli(jax.random.fold_in(key, index), 1.0 - probability, leaf.shape)
-        out[path] = (jnp.where(kept, leaf, w0) - probability * w0) / (1.0 - probability)
-    return unflatten(out)
+        kept = jax.random.bernoulli(jax.random.fold_in(key, number[path]), 1.0 - probability, leaf.shape)
+        return (jnp.where(kept, leaf, w0) - probability * w0) / (1.0 - probability)
+
+    return map_with_path(mixed, params)
 
 
 def spectral_shrinkage(features: jax.Array, k: int = 1) -> jax.Array:

@@ -63,19 +63,25 @@ def centroid_labels(features: jax.Array, logits: jax.Array, rounds: int = 2) -> 
     """
     if rounds < 1:
         raise ValueError(f"centroid_labels: rounds must be 1 or more, got {rounds}")
-    unit = _unit(jnp.concatenate([features, jnp.ones((len(features), 1), features.dtype)], axis=1))
+    points = unit(features)
     weights = jax.nn.softmax(logits, axis=-1)
-    centroids = jnp.zeros((logits.shape[1], unit.shape[1]), unit.dtype)
+    centroids = jnp.zeros((logits.shape[1], points.shape[1]), points.dtype)
     labels = jnp.argmax(logits, axis=-1)
     for _ in range(rounds):
         mass = jnp.sum(weights, axis=0)[:, None]
-        centroids = jnp.where(mass > 0, weights.T @ unit / jnp.where(mass > 0, mass, 1.0), centroids)
-        labels = jnp.argmax(unit @ _unit(centroids).T, axis=-1)
-        weights = jax.nn.one_hot(labels, logits.shape[1], dtype=unit.dtype)
+        centroids = jnp.where(mass > 0, weights.T @ points / jnp.where(mass > 0, mass, 1.0), centroids)
+        labels = jnp.argmax(points @ normalised(centroids).T, axis=-1)
+        weights = jax.nn.one_hot(labels, logits.shape[1], dtype=points.dtype)
     return labels.astype(jnp.int32)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def unit(features: jax.Array) -> jax.Array:
+    """What SHOT compares in angle: rows (N, d) with a 1 behind them, (N, d + 1), of length 1."""
+    return normalised(jnp.concatenate([features, jnp.ones((len(features), 1), features.dtype)], axis=1))
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    """Rows of length 1; a row of zeros stays."""
     norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
     return x / jnp.where(norm > 0, norm, 1.0)
 

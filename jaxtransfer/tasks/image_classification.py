@@ -32,6 +32,7 @@ def image_classification(
     examples: int | None = None,
     mixup: float = 0.0,
     pooling: str | None = None,
+    fresh_head: bool = True,
 ) -> Task:
     """The task of telling images apart by label; reads the columns ``image`` and ``label``.
 
@@ -51,6 +52,7 @@ def image_classification(
       examples: for ``"balanced"`` with ``multi_label``: how many training examples there are in all.
       mixup: alpha of `objectives.mixup`; 0 is none.
       pooling: None for the family's own.
+      fresh_head: whether the source gets a new head, or goes on with its own.
 
     Raises:
       ValueError: fewer than two labels, one twice, an option out of range, or weights or counts that do not fit.
@@ -91,6 +93,7 @@ def image_classification(
         metric_names=_metric_names(len(labels), multi_label=multi_label),
         metric="macro_auc" if multi_label else "accuracy",
         decode=lambda observed: decode(observed["logits"], labels),
+        fresh_head=fresh_head,
     )
 
 

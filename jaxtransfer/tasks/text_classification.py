@@ -14,7 +14,12 @@ from jaxtransfer.types import Head
 
 
 def text_classification(
-    labels: Sequence[str], *, max_length: int = 128, label_smoothing: float = 0.0, pooling: str | None = None
+    labels: Sequence[str],
+    *,
+    max_length: int = 128,
+    label_smoothing: float = 0.0,
+    pooling: str | None = None,
+    fresh_head: bool = True,
 ) -> Task:
     """The task of telling texts apart by label; reads the columns ``text`` and ``label``.
 
@@ -24,6 +29,7 @@ def text_classification(
       max_length: tokens kept of each text, the special ones included.
       label_smoothing: of the training loss, in [0, 1).
       pooling: None for the family's own, ``"mean"`` for the mean over unmasked positions.
+      fresh_head: whether the source gets a new head, or goes on with its own.
 
     Raises:
       ValueError: fewer than two labels, one twice, or an option out of range.
@@ -55,4 +61,5 @@ def text_classification(
         observe=logits_and_labels,
         metrics=lambda observed: classification(observed["logits"], observed["labels"]),
         decode=lambda observed: likeliest(observed["logits"], labels),
+        fresh_head=fresh_head,
     )

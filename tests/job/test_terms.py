@@ -1,0 +1,151 @@
+"""Objectives of a configuration: every method runs, resumes, is evaluated; what does not fit is refused by name."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtransfer.config import ConfigError
+from jaxtransfer.job import commands, finished, prepare
+from jaxtransfer.run import Interrupted
+from jaxtransfer.source import SourceError
+from jaxtransfer.step import bare, params_of
+from jaxtransfer.tree import flatten
+from tests.job.world import World, console, during, lines, write_texts
+
+QUIET = {"optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A source of the world with its head trained, another domain's texts without labels, and some of its own."""
+    made = World(tmp_path_factory.mktemp("terms"))
+    rows = map(json.loads, Path(made.data["test"]).read_text(encoding="utf-8").splitlines())
+    made.data["target"] = write_texts(made.root / "target.jsonl", [{"text": row["text"]} for row in rows])
+    folder = made.root / "source-run"
+    commands.run(made.config(folder, run={"steps": 2}), console=console())
+    made.trained = str(folder / "model")
+    return made
+
+
+def with_terms(world, *terms, domains=("target",), **objective):
+    sets = {"target": world.data["target"], "replay": world.data["train"]}
+    data = {**world.raw["data"], **{name: {"path": sets[name]} for name in domains}}
+    return {"data": data, "objective": {"terms": list(terms), **objective}, **QUIET}
+
+
+OF_TARGET = (
+    {"method": "coral"}, {"method": "mmd"}, {"method": "dann", "width": 8}, {"method": "cdan", "width": 8},
+    {"method": "mcc"}, {"method": "mcd"}, {"method": "entropy"}, {"method": "information_maximisation"},
+    {"method": "centroid_labels"}, {"method": "pseudo_labels", "threshold": 0.5},
+)  # fmt: skip
+
+
+def test_a_run_with_every_term_of_the_target_goes_on_bit_for_bit_and_keeps_the_model_alone(
+    world, tmp_path, monkeypatch
+):
+    how = with_terms(world, *OF_TARGET, {"method": "bss"}, {"method": "r3f"})
+    commands.run(world.config(tmp_path / "whole", **how), console=console())
+    with monkeypatch.context() as patch:
+        during(patch, 3)
+        with pytest.raises(Interrupted):
+            commands.run(world.config(tmp_path / "cut", **how), console=console())
+    commands.resume(tmp_path / "cut", console=console())
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    told = next(line for line in lines(tmp_path / "whole") if line["kind"] == "train")
+    assert {term["method"] for term in OF_TARGET} <= told.keys() and "dann_accuracy" in told
+    source = finished.adapted(tmp_path / "cut")
+    assert not any(path.startswith("aux/") for path in flatten(source.params))
+    assert finished.evaluate(tmp_path / "cut")["accuracy"]["n"] == 10
+
+
+def test_what_holds_to_the_source_starts_at_nothing(world, tmp_path):
+    terms = [
+        {"method": "l2_sp"},
+        {"method": "ewc", "examples": 4},
+        {"method": "lwf"},
+        {"method": "feature_distillation"},
+    ]
+    how = with_terms(world, *terms, domains=("replay",), mixout=0.1)
+    config = world.config(
+        tmp_path / "run", source={"ref": world.trained}, task={"max_length": 16, "head": "source"}, **how
+    )
+    job = prepare.prepare(config, lambda text: None)
+    held = job.constants(0)
+    assert set(held) == {"anchor", "ewc"}
+    assert all((leaf >= 0).all() for leaf in jax.tree.leaves(held["ewc"]))
+    assert max(float(leaf.max()) for leaf in jax.tree.leaves(held["ewc"])) > 0
+    commands.run(config, console=console())
+    rows = [line for line in lines(tmp_path / "run") if line["kind"] == "train"]
+    assert 0 < rows[0]["l2_sp"] < rows[-1]["l2_sp"] and rows[-1]["ewc"] > 0 and rows[-1]["lwf"] > 0
+
+
+def test_replay_and_a_memory_read_rows_of_the_domain_before(world, tmp_path):
+    commands.run(
+        world.config(tmp_path / "a", **with_terms(world, {"method": "replay"}, domains=("replay",))), console=console()
+    )
+    commands.run(
+        world.config(tmp_path / "b", **with_terms(world, domains=("replay",), memory="a_gem")), console=console()
+    )
+    assert "replay_accuracy" in next(line for line in lines(tmp_path / "a") if line["kind"] == "train")
+
+
+def test_without_a_task_no_labels_are_read(world, tmp_path):
+    how = with_terms(world, {"method": "information_maximisation"}, {"method": "centroid_labels"}, task=0)
+    how["data"]["train"] = {"path": world.data["target"]}  # which has none
+    adapt = {"train": "rules", "rules": [["head/.*", "frozen"], [".*", "trunk"]]}
+    config = world.config(
+        tmp_path / "run", source={"ref": world.trained}, adapt=adapt,
+        task={"max_length": 16, "head": "source", "labels": ["negative", "positive"]}, **how,
+    )  # fmt: skip
+    job = prepare.prepare(config, lambda text: None)
+    assert "labels" not in next(job.stream(0))
+    before = job.adapted(0).params["head"]
+    commands.run(config, console=console())
+    after = finished.adapted(tmp_path / "run").params["head"]
+    for path, leaf in flatten(before).items():
+        np.testing.assert_array_equal(leaf, flatten(after)[path])
+
+
+def test_the_control_from_scratch_has_the_task_alone(world):
+    job = prepare.prepare(world.config(world.root / "none", **with_terms(world, {"method": "dann"})), lambda text: None)
+    state, frozen = job.control.start(0, scratch=True)
+    assert "aux" not in state.params and "aux" in job.start(0)[0].params
+    assert {path.split("/")[0] for path in flatten(bare(params_of(*job.start(0))))} == set(params_of(state, frozen))
+    assert job.control.terms.domains == () and "target" not in next(job.control.stream(0))
+    rows = {row.group: row for row in job.rows()}
+    assert "aux" in rows
+
+
+@pytest.mark.parametrize(
+    ("terms", "domains", "objective", "told"),
+    [
+        ([{"method": "mcc"}], (), {}, "data.target: is missing; objective's mcc reads it"),
+        ([], ("target",), {}, "data.target: nothing reads it"),
+        ([{"method": "replay"}], (), {}, "data.replay: is missing"),
+        ([{"method": "coral", "layer": "blocks/7"}], ("target",), {}, "coral: no stage is called 'blocks/7'; the st"),
+        ([{"method": "cdan"}, {"method": "cdan"}], ("target",), {}, "cdan is there twice"),
+        ([{"method": "dan"}], ("target",), {}, "did you mean 'dann'"),
+        ([{"method": "mcc", "layer": "embed"}], ("target",), {}, "layer: is not read by mcc, but by"),
+        ([{"method": "lwf"}], (), {}, "its head is drawn anew; task.head: source"),
+        ([], (), {"task": 0}, "0 leaves nothing to minimise"),
+        ([], (), {"mixout": 1.0}, "mixout"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(world, terms, domains, objective, told):
+    with pytest.raises(ConfigError, match=told):
+        prepare.prepare(
+            world.config(world.root / "none", **with_terms(world, *terms, domains=domains, **objective)),
+            lambda text: None,
+        )
+
+
+def test_a_source_with_other_labels_is_refused(world):
+    how = with_terms(world, {"method": "mcc"})
+    task = {"max_length": 16, "head": "source", "labels": ["positive", "negative"]}
+    with pytest.raises(SourceError, match="its head tells negative, positive apart, in this order, the task"):
+        prepare.prepare(
+            world.config(world.root / "none", source={"ref": world.trained}, task=task, **how), lambda text: None
+        )

@@ -1,0 +1,318 @@
+"""Terms of an objective, through the step: each is its function of arrays on what the step shows it, and no more."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtransfer.adapt import groups
+from jaxtransfer.models import apply, run_span
+from jaxtransfer.objectives import (
+    adversarial,
+    aux_of,
+    captures,
+    continual,
+    cross_entropy,
+    discrepancy,
+    distillation,
+    regularisers,
+    seen,
+    shapes_of,
+    source_free,
+    states_of,
+    terms,
+    total,
+)
+from jaxtransfer.optim import Group
+from jaxtransfer.step import bare, init_state, make_eval, make_step, params_of, with_constants
+from jaxtransfer.tree import flatten
+from jaxtransfer.types import AUX, View
+from tests import tiny
+
+LAYER = "pooler"
+STEPS = 10
+TASK = cross_entropy()
+
+
+def source():
+    return tiny.source(num_hidden_layers=1)
+
+
+def domains(**more):
+    """A batch of the source's, with one of the target's behind it; each has rows of padding."""
+    target = {name: rows for name, rows in tiny.batch(seed=7).items() if name != "labels"}
+    return {**tiny.batch(), "target": target, **more}
+
+
+def begun(made, objective=TASK, *, group=None, constants=(), recipe=None, tx=None, **options):
+    """``(state, frozen, step, metrics of step)`` of a run with terms."""
+    src = source()
+    params, labels, states = src.params, None, {}
+    if made:
+        shapes = shapes_of(src.model, src.params, tiny.batch(), made)
+        params = {**src.params, **aux_of(made, src.model, jax.random.key(5), shapes)}
+        states = states_of(made, shapes)
+    labels = groups.labels_of(src.model, groups.full(src.model) if recipe is None else recipe, params)
+    tx = tx or tiny.transform(labels, group or Group("sgd", lr=0.1, weight_decay=0.0))
+    state, frozen = init_state(src.model, params, labels, tx, jax.random.key(2), terms=states)
+    if constants == "anchor":
+        frozen = with_constants(frozen, anchor=state.params)
+    elif constants:
+        frozen = with_constants(frozen, **constants(state))
+    step = make_step(
+        src.model, total(objective, made) if made else objective, tx, capture=captures(made), donate=False, **options
+    )
+    return state, frozen, step
+
+
+@functools.cache
+def outputs(seed: int):
+    src = source()
+    return jax.jit(lambda params, batch: apply(src.model, params, batch))(src.params, tiny.batch(seed=seed))
+
+
+def real(rows):
+    """The rows of `tiny.batch` that count, and of its one row of padding the first instead."""
+    rows = np.array(rows)
+    rows = np.concatenate([rows[:5], rows[6:]])
+    return jnp.asarray(np.concatenate([rows, rows[:1]]))
+
+
+MADE = {
+    "coral": (terms.coral(LAYER), lambda f, t, z, q: discrepancy.coral(f, t)),
+    "mmd": (terms.mmd(LAYER), lambda f, t, z, q: discrepancy.mmd(f, t)),
+    "mcc": (terms.mcc(), lambda f, t, z, q: discrepancy.class_confusion(q)),
+    "entropy": (terms.entropy(), lambda f, t, z, q: source_free.entropy(q)),
+    "information_maximisation": (
+        terms.information_maximisation(),
+        lambda f, t, z, q: source_free.information_maximisation(q),
+    ),
+    "bss": (terms.spectral_shrinkage(LAYER, 2), lambda f, t, z, q: regularisers.spectral_shrinkage(f, 2)),
+}
+
+
+def test_every_term_is_its_function_of_the_rows_that_count():
+    made = [dataclasses.replace(term, weight=0.5) for term, _ in MADE.values()]
+    state, frozen, step = begun(made)
+    _, metrics = step(state, frozen, domains())
+    ours, theirs = outputs(0), outputs(7)
+    rows = [real(x) for x in (ours["pooler_output"], theirs["pooler_output"], ours["logits"], theirs["logits"])]
+    sum_of = 0.0
+    for name, (_, function) in MADE.items():
+        wanted = float(function(*rows))
+        np.testing.assert_allclose(float(metrics[name]), wanted, rtol=2e-4, atol=1e-6, err_msg=name)
+        sum_of += 0.5 * wanted
+    task = float(TASK(View({}, ours, tiny.batch(), None, jnp.array(0)))[0])
+    np.testing.assert_allclose(float(metrics["loss"]), task + sum_of, rtol=1e-4)
+
+
+def test_the_weight_of_a_term_may_be_a_schedule():
+    made = [dataclasses.replace(terms.entropy(), weight=lambda step: 0.25 * step.astype(jnp.float32))]
+    state, frozen, step = begun(made)
+    for count in range(2):
+        state, metrics = step(state, frozen, domains())
+        task = float(metrics["loss"]) - 0.25 * count * float(metrics["entropy"])
+        if count == 0:
+            wanted = float(TASK(View({}, outputs(0), tiny.batch(), None, jnp.array(0)))[0])
+            np.testing.assert_allclose(task, wanted, rtol=1e-5)
+        else:
+            assert abs(task - float(metrics["loss"])) > 0.1  # the term counts by now
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_discriminator_learns_as_it_is_and_the_features_feel_minus_lambda_times(conditional):
+    term = terms.cdan(LAYER, STEPS) if conditional else terms.dann(LAYER, STEPS)
+    state, frozen, step = begun([term], objective=None, group=tiny.PLAIN)
+    halfway = dataclasses.replace(state, step=jnp.array(5, jnp.int32))
+    src = source()
+
+    def plain(params):  # the discriminator's loss without the reversal
+        found = [apply(src.model, bare(params), b) for b in (tiny.batch(), tiny.batch(seed=7))]
+        f = [real_traced(o["pooler_output"]) for o in found]
+        z = [real_traced(o["logits"]) for o in found]
+        weights = [adversarial.entropy_weights(x) for x in z] if conditional else [None, None]
+        inputs = [adversarial.conditioned(a, b) for a, b in zip(f, z, strict=True)] if conditional else f
+        told = [adversarial.discriminate(params[AUX][term.name], x) for x in inputs]
+        return adversarial.domain_loss(*told, *weights)[0]
+
+    def real_traced(rows):
+        return jnp.concatenate([rows[:5], rows[6:], rows[:1]])
+
+    wanted = flatten(jax.jit(jax.grad(plain))(params_of(state, frozen)))
+    after, metrics = step(halfway, frozen, domains())
+    np.testing.assert_allclose(float(metrics[term.name]), float(jax.jit(plain)(params_of(state, frozen))), rtol=1e-5)
+    found = flatten(params_of(after, frozen))
+    scale = float(adversarial.ramp(0.5))
+    before = flatten(params_of(state, frozen))
+    largest = max(float(jnp.abs(g).max()) for g in wanted.values())
+    for path, g in wanted.items():
+        moved = before[path] - found[path]
+        sign = 1.0 if path.startswith(AUX) else -scale
+        np.testing.assert_allclose(np.array(moved), sign * np.array(g), atol=2e-5 * largest + 1e-7, err_msg=path)
+
+
+def test_what_trains_beside_the_model_is_no_part_of_it():
+    made = [terms.dann(LAYER, STEPS)]
+    state, frozen, step = begun(made)
+    assert {path.split("/")[0] for path in flatten(state.params)} >= {AUX, "blocks", "head"}
+    state, _ = step(state, frozen, domains())
+    found = make_eval(source().model)(state, frozen, tiny.batch())
+    params = bare(params_of(state, frozen))
+    np.testing.assert_allclose(found["logits"], apply(source().model, params, tiny.batch())["logits"], atol=1e-5)
+
+
+def test_at_the_anchor_what_holds_to_the_source_is_zero_and_moves_nothing():
+    made = [terms.l2_sp(beta=0.0), terms.lwf(), terms.feature_distillation(["blocks/0", LAYER])]
+    state, frozen, step = begun(made, objective=None, group=tiny.PLAIN, constants="anchor")
+    after, metrics = step(state, frozen, tiny.batch())
+    assert [round(float(metrics[term.name]), 7) for term in made] == [0.0, 0.0, 0.0] and bool(metrics["finite"])
+    for path, leaf in flatten(state.params).items():
+        np.testing.assert_allclose(leaf, flatten(after.params)[path], atol=1e-6, err_msg=path)
+
+
+def test_away_from_the_anchor_they_are_their_equations():
+    made = [terms.l2_sp(0.5, 0.25), terms.lwf(3.0), terms.feature_distillation([LAYER])]
+    state, frozen, step = begun(made, objective=None, constants="anchor")
+    moved = dataclasses.replace(state, params=jax.tree.map(lambda x: x * 1.1, state.params))
+    _, metrics = step(moved, frozen, tiny.batch())
+    src = source()
+    teacher = outputs(0)
+    student = apply(src.model, jax.tree.map(lambda x: x * 1.1, src.params), tiny.batch())
+    old, new = ({n: p for n, p in src.params.items() if (n == "head") == head} for head in (False, True))
+    square = lambda tree, factor: sum(float(jnp.sum((factor * x) ** 2)) for x in jax.tree.leaves(tree))  # noqa: E731
+    wanted = {
+        "l2_sp": 0.25 * square(old, 0.1) + 0.125 * square(new, 1.1),
+        "lwf": float(distillation.logit_loss(real(student["logits"]), real(teacher["logits"]), 3.0)),
+        "feature_distillation": float(
+            distillation.feature_loss(real(student["pooler_output"]), real(teacher["pooler_output"]))
+        ),
+    }
+    for name, value in wanted.items():
+        np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-3, err_msg=name)
+
+
+def test_importances_hold_what_matters():
+    def constants(state):
+        return {"anchor": state.params, "ewc": jax.tree.map(jnp.ones_like, state.params)}
+
+    state, frozen, step = begun([terms.ewc(weight=2.0)], objective=None, constants=constants)
+    moved = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 0.1, state.params))
+    _, metrics = step(moved, frozen, tiny.batch())
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(float(metrics["loss"]), 2.0 * 0.5 * 0.01 * count, rtol=1e-4)
+
+
+def test_noise_on_the_embeddings_moves_the_predictions_a_little():
+    values = {}
+    for scale in (0.0, 1e-2):
+        state, frozen, step = begun([terms.r3f("embed", scale)], objective=None)
+        values[scale] = float(step(state, frozen, tiny.batch())[1]["r3f"])
+    assert values[0.0] == 0.0 < values[1e-2] < 0.1
+
+
+def test_mixout_of_probability_zero_is_the_run_without_it():
+    plain, frozen, step = begun([])
+    mixed = begun([], perturb=terms.mixout(0.0))[2]
+    wanted, _ = step(plain, frozen, tiny.batch())
+    found, _ = mixed(plain, with_constants(frozen, anchor=plain.params), tiny.batch())
+    assert tiny.apart(flatten(found.params), flatten(wanted.params)) < 1e-6
+    with pytest.raises(ValueError, match="with_constants"):
+        mixed(plain, frozen, tiny.batch())
+
+
+def test_replayed_rows_are_learned_as_the_batch_is():
+    made = [terms.replay(TASK, weight=0.5)]
+    state, frozen, step = begun(made)
+    _, metrics = step(state, frozen, domains(replay=tiny.batch(seed=3)))
+    losses = [float(TASK(View({}, outputs(seed), tiny.batch(seed=seed), None, jnp.array(0)))[0]) for seed in (0, 3)]
+    np.testing.assert_allclose(float(metrics["loss"]), losses[0] + 0.5 * losses[1], rtol=1e-5)
+
+
+def test_a_memory_bends_the_gradient_where_they_disagree():
+    src = source()
+    contrary = dict(tiny.batch())
+    contrary["labels"] = (contrary["labels"] + 1) % 3
+    labels = groups.labels_of(src.model, groups.full(src.model), src.params)
+    inner = tiny.transform(labels, tiny.PLAIN)
+    state, frozen, step = begun([], tx=continual.a_gem(inner), memory=TASK)
+    after, _ = step(state, frozen, {**tiny.batch(), "replay": contrary})
+    moved = jax.tree.map(jnp.subtract, state.params, after.params)
+
+    def loss(params, batch):
+        return TASK(View({}, apply(src.model, params, batch), batch, None, jnp.array(0)))[0]
+
+    grad = jax.jit(jax.grad(loss))
+    g, r = (grad(src.params, batch) for batch in (tiny.batch(), contrary))
+    assert float(optax.tree.vdot(g, r)) < 0
+    wanted = flatten(continual.project(g, r))
+    stacked = flatten(params_of(dataclasses.replace(state, params=moved), frozen))
+    assert tiny.apart(stacked, wanted) < 2e-5
+    with pytest.raises(ValueError, match="no domain 'replay'"):
+        step(state, frozen, tiny.batch())
+
+
+def test_the_sums_of_centroids_go_on_from_step_to_step_and_over_microbatches():
+    made = [terms.centroid_labels(LAYER, 0.9)]
+    state, frozen, step = begun(made, group=Group("sgd", lr=0.0, weight_decay=0.0))
+    one, _ = step(state, frozen, domains())
+    two, metrics = step(one, frozen, domains())
+    f = source_free.unit(real(outputs(7)["pooler_output"]))
+    sums = jax.nn.softmax(real(outputs(7)["logits"]), axis=-1).T @ f
+    np.testing.assert_allclose(one.terms["centroid_labels"], sums, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(two.terms["centroid_labels"], 1.9 * sums, rtol=1e-4, atol=1e-5)
+    assert 0 <= float(metrics["centroid_labels_agreed"]) <= 1
+
+
+def test_two_heads_and_what_they_disagree_about():
+    made = [terms.mcd(TASK, LAYER)]
+    state, frozen, step = begun(made, objective=None, group=tiny.PLAIN)
+    after, metrics = step(state, frozen, domains())
+    src, second = source(), state.params[AUX]["mcd"]
+    hidden = outputs(7)["pooler_output"]
+    told = [
+        run_span(src.model, {**src.params, "head": head}, {"pooler_output": hidden}, LAYER, None)["logits"]
+        for head in (src.params["head"], second)
+    ]
+    wanted = discrepancy.classifier_discrepancy(*map(real, told))
+    np.testing.assert_allclose(float(metrics["mcd_apart"]), float(wanted), rtol=1e-4)
+    assert float(jnp.abs(after.params[AUX]["mcd"]["kernel"] - second["kernel"]).max()) > 0
+
+
+def test_of_the_target_no_labels_are_seen():
+    state, frozen, step = begun([terms.entropy()])
+    with pytest.raises(ValueError, match="'target' has labels"):
+        step(state, frozen, {**tiny.batch(), "target": tiny.batch()})
+
+
+@pytest.mark.parametrize(
+    ("made", "constants", "told"),
+    [
+        ([terms.entropy()], (), "entropy: reads the domain 'target'; the batch has no further domain"),
+        ([terms.lwf()], (), "lwf: reads the source's values"),
+        ([terms.ewc()], "anchor", "ewc: reads importances"),
+    ],
+)
+def test_what_a_term_lacks_is_named(made, constants, told):
+    state, frozen, step = begun(made, constants=constants)
+    with pytest.raises(ValueError, match=told):
+        step(state, frozen, tiny.batch())
+
+
+def test_boundaries_and_names_are_checked():
+    model = source().model
+    assert seen.boundary(model) == LAYER and seen.boundary(model, "blocks/0") == "blocks/0"
+    with pytest.raises(ValueError, match="the stages are embed"):
+        seen.boundary(model, "blocks/9")
+    with pytest.raises(ValueError, match="a model without a head"):
+        seen.boundary(tiny.trunk(num_hidden_layers=1).model)
+    with pytest.raises(ValueError, match="two terms are called 'entropy'"):
+        total(TASK, [terms.entropy(), terms.entropy()])
+    with pytest.raises(ValueError, match="needs a term"):
+        total(None, [])
+    view = View({}, {}, tiny.batch(), None, jnp.array(0))
+    with pytest.raises(ValueError, match="is not captured"):
+        seen.features(view, LAYER)
