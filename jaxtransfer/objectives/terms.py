@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtransfer.models.api import apply, init, run_span
+from jaxtransfer.models.api import apply, run_span
 from jaxtransfer.objectives import adversarial, discrepancy, distillation, regularisers, seen, source_free
 from jaxtransfer.objectives.losses import Objective
 from jaxtransfer.tree.paths import Params, flatten, unflatten
@@ -454,7 +454,7 @@ def mcd(objective: Objective, layer: str, *, weight: float | Schedule = 1.0) -> 
         return task - apart, {"apart": apart}
 
     def aux(model: Model, key: jax.Array, shapes: Shapes) -> Params:
-        return init(model, key)["head"]
+        return next(stage for stage in model.stages if stage.name == "head").init(key)
 
     return Term("mcd", loss, weight, (layer,), (TARGET,), aux=aux)
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from jaxtransfer.adapt import groups
 from jaxtransfer.models import apply, run_span
+from jaxtransfer.models.foreign import from_nnx
 from jaxtransfer.objectives import (
     adversarial,
     aux_of,
@@ -33,35 +34,51 @@ from jaxtransfer.tree import flatten
 from jaxtransfer.types import AUX, View
 from tests import tiny
 
-LAYER = "pooler"
-STEPS = 10
+LAYER, STEPS = "body", 10
 TASK = cross_entropy()
 
 
+class Body(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(6, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.up(x))
+
+
+@functools.cache
 def source():
-    return tiny.source(num_hidden_layers=1)
+    """Three small stages: what terms need of a model, compiled in no time."""
+    stages = {"embed": lambda r: nnx.Linear(5, 6, rngs=r), "body": Body, "head": lambda r: nnx.Linear(8, 3, rngs=r)}
+    rngs = nnx.Rngs(0)
+    made = {name: make(rngs) for name, make in stages.items()}
+    return from_nnx(made, init={name: lambda key, make=make: make(nnx.Rngs(key)) for name, make in stages.items()})
+
+
+def rows(seed=0):
+    """Points of three classes, one row of padding among them."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(16, 5)).astype(np.float32)
+    weight = np.ones(16, np.float32)
+    weight[5] = 0
+    return {"inputs": x, "labels": (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0).astype(np.int32), "weight": weight}
 
 
 def domains(**more):
-    """A batch of the source's, with one of the target's behind it; each has rows of padding."""
-    target = {name: rows for name, rows in tiny.batch(seed=7).items() if name != "labels"}
-    return {**tiny.batch(), "target": target, **more}
+    """A batch of the source's, with one of the target's behind it; each has a row of padding."""
+    target = {name: value for name, value in rows(7).items() if name != "labels"}
+    return {**rows(), "target": target, **more}
 
 
-def begun(made, objective=TASK, *, group=None, constants=(), recipe=None, tx=None, **options):
-    """``(state, frozen, step, metrics of step)`` of a run with terms."""
+def begun(made, objective=TASK, *, group=None, constants=None, tx=None, **options):
+    """``(state, frozen, step)`` of a run with terms."""
     src = source()
-    params, labels, states = src.params, None, {}
-    if made:
-        shapes = shapes_of(src.model, src.params, tiny.batch(), made)
-        params = {**src.params, **aux_of(made, src.model, jax.random.key(5), shapes)}
-        states = states_of(made, shapes)
-    labels = groups.labels_of(src.model, groups.full(src.model) if recipe is None else recipe, params)
+    shapes = shapes_of(src.model, src.params, rows(), made)
+    params = {**src.params, **aux_of(made, src.model, jax.random.key(5), shapes)}
+    labels = jax.tree.map(lambda _: "all", params)
     tx = tx or tiny.transform(labels, group or Group("sgd", lr=0.1, weight_decay=0.0))
-    state, frozen = init_state(src.model, params, labels, tx, jax.random.key(2), terms=states)
-    if constants == "anchor":
-        frozen = with_constants(frozen, anchor=state.params)
-    elif constants:
+    state, frozen = init_state(src.model, params, labels, tx, jax.random.key(2), terms=states_of(made, shapes))
+    if constants:
         frozen = with_constants(frozen, **constants(state))
     step = make_step(
         src.model, total(objective, made) if made else objective, tx, capture=captures(made), donate=False, **options
@@ -69,17 +86,20 @@ def begun(made, objective=TASK, *, group=None, constants=(), recipe=None, tx=Non
     return state, frozen, step
 
 
+def anchor(state):
+    return {"anchor": state.params}
+
+
 @functools.cache
 def outputs(seed: int):
     src = source()
-    return jax.jit(lambda params, batch: apply(src.model, params, batch))(src.params, tiny.batch(seed=seed))
+    found = apply(src.model, src.params, rows(seed), capture=[LAYER])
+    return {"logits": found["logits"], "features": found["captured"][LAYER]}
 
 
-def real(rows):
-    """The rows of `tiny.batch` that count, and of its one row of padding the first instead."""
-    rows = np.array(rows)
-    rows = np.concatenate([rows[:5], rows[6:]])
-    return jnp.asarray(np.concatenate([rows, rows[:1]]))
+def real(found):
+    """The rows that count, and of the one row of padding the first instead."""
+    return jnp.concatenate([found[:5], found[6:], found[:1]])
 
 
 MADE = {
@@ -100,13 +120,13 @@ def test_every_term_is_its_function_of_the_rows_that_count():
     state, frozen, step = begun(made)
     _, metrics = step(state, frozen, domains())
     ours, theirs = outputs(0), outputs(7)
-    rows = [real(x) for x in (ours["pooler_output"], theirs["pooler_output"], ours["logits"], theirs["logits"])]
+    seen_rows = [real(x) for x in (ours["features"], theirs["features"], ours["logits"], theirs["logits"])]
     sum_of = 0.0
     for name, (_, function) in MADE.items():
-        wanted = float(function(*rows))
+        wanted = float(function(*seen_rows))
         np.testing.assert_allclose(float(metrics[name]), wanted, rtol=2e-4, atol=1e-6, err_msg=name)
         sum_of += 0.5 * wanted
-    task = float(TASK(View({}, ours, tiny.batch(), None, jnp.array(0)))[0])
+    task = float(TASK(View({}, ours, rows(), None, jnp.array(0)))[0])
     np.testing.assert_allclose(float(metrics["loss"]), task + sum_of, rtol=1e-4)
 
 
@@ -117,7 +137,7 @@ def test_the_weight_of_a_term_may_be_a_schedule():
         state, metrics = step(state, frozen, domains())
         task = float(metrics["loss"]) - 0.25 * count * float(metrics["entropy"])
         if count == 0:
-            wanted = float(TASK(View({}, outputs(0), tiny.batch(), None, jnp.array(0)))[0])
+            wanted = float(TASK(View({}, outputs(0), rows(), None, jnp.array(0)))[0])
             np.testing.assert_allclose(task, wanted, rtol=1e-5)
         else:
             assert abs(task - float(metrics["loss"])) > 0.1  # the term counts by now
@@ -131,16 +151,13 @@ def test_a_discriminator_learns_as_it_is_and_the_features_feel_minus_lambda_time
     src = source()
 
     def plain(params):  # the discriminator's loss without the reversal
-        found = [apply(src.model, bare(params), b) for b in (tiny.batch(), tiny.batch(seed=7))]
-        f = [real_traced(o["pooler_output"]) for o in found]
-        z = [real_traced(o["logits"]) for o in found]
+        found = [apply(src.model, bare(params), b, capture=[LAYER]) for b in (rows(), rows(7))]
+        f = [real(o["captured"][LAYER]) for o in found]
+        z = [real(o["logits"]) for o in found]
         weights = [adversarial.entropy_weights(x) for x in z] if conditional else [None, None]
         inputs = [adversarial.conditioned(a, b) for a, b in zip(f, z, strict=True)] if conditional else f
         told = [adversarial.discriminate(params[AUX][term.name], x) for x in inputs]
         return adversarial.domain_loss(*told, *weights)[0]
-
-    def real_traced(rows):
-        return jnp.concatenate([rows[:5], rows[6:], rows[:1]])
 
     wanted = flatten(jax.jit(jax.grad(plain))(params_of(state, frozen)))
     after, metrics = step(halfway, frozen, domains())
@@ -158,17 +175,17 @@ def test_a_discriminator_learns_as_it_is_and_the_features_feel_minus_lambda_time
 def test_what_trains_beside_the_model_is_no_part_of_it():
     made = [terms.dann(LAYER, STEPS)]
     state, frozen, step = begun(made)
-    assert {path.split("/")[0] for path in flatten(state.params)} >= {AUX, "blocks", "head"}
+    assert {path.split("/")[0] for path in flatten(state.params)} == {AUX, "embed", "body", "head"}
     state, _ = step(state, frozen, domains())
-    found = make_eval(source().model)(state, frozen, tiny.batch())
+    found = make_eval(source().model)(state, frozen, rows())
     params = bare(params_of(state, frozen))
-    np.testing.assert_allclose(found["logits"], apply(source().model, params, tiny.batch())["logits"], atol=1e-5)
+    np.testing.assert_allclose(found["logits"], apply(source().model, params, rows())["logits"], atol=1e-5)
 
 
 def test_at_the_anchor_what_holds_to_the_source_is_zero_and_moves_nothing():
-    made = [terms.l2_sp(beta=0.0), terms.lwf(), terms.feature_distillation(["blocks/0", LAYER])]
-    state, frozen, step = begun(made, objective=None, group=tiny.PLAIN, constants="anchor")
-    after, metrics = step(state, frozen, tiny.batch())
+    made = [terms.l2_sp(beta=0.0), terms.lwf(), terms.feature_distillation(["embed", LAYER])]
+    state, frozen, step = begun(made, objective=None, group=tiny.PLAIN, constants=anchor)
+    after, metrics = step(state, frozen, rows())
     assert [round(float(metrics[term.name]), 7) for term in made] == [0.0, 0.0, 0.0] and bool(metrics["finite"])
     for path, leaf in flatten(state.params).items():
         np.testing.assert_allclose(leaf, flatten(after.params)[path], atol=1e-6, err_msg=path)
@@ -176,20 +193,19 @@ def test_at_the_anchor_what_holds_to_the_source_is_zero_and_moves_nothing():
 
 def test_away_from_the_anchor_they_are_their_equations():
     made = [terms.l2_sp(0.5, 0.25), terms.lwf(3.0), terms.feature_distillation([LAYER])]
-    state, frozen, step = begun(made, objective=None, constants="anchor")
+    state, frozen, step = begun(made, objective=None, constants=anchor)
     moved = dataclasses.replace(state, params=jax.tree.map(lambda x: x * 1.1, state.params))
-    _, metrics = step(moved, frozen, tiny.batch())
+    _, metrics = step(moved, frozen, rows())
     src = source()
     teacher = outputs(0)
-    student = apply(src.model, jax.tree.map(lambda x: x * 1.1, src.params), tiny.batch())
+    student = apply(src.model, jax.tree.map(lambda x: x * 1.1, src.params), rows(), capture=[LAYER])
+    student = {"logits": student["logits"], "features": student["captured"][LAYER]}
     old, new = ({n: p for n, p in src.params.items() if (n == "head") == head} for head in (False, True))
     square = lambda tree, factor: sum(float(jnp.sum((factor * x) ** 2)) for x in jax.tree.leaves(tree))  # noqa: E731
     wanted = {
         "l2_sp": 0.25 * square(old, 0.1) + 0.125 * square(new, 1.1),
         "lwf": float(distillation.logit_loss(real(student["logits"]), real(teacher["logits"]), 3.0)),
-        "feature_distillation": float(
-            distillation.feature_loss(real(student["pooler_output"]), real(teacher["pooler_output"]))
-        ),
+        "feature_distillation": float(distillation.feature_loss(real(student["features"]), real(teacher["features"]))),
     }
     for name, value in wanted.items():
         np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-3, err_msg=name)
@@ -201,7 +217,7 @@ def test_importances_hold_what_matters():
 
     state, frozen, step = begun([terms.ewc(weight=2.0)], objective=None, constants=constants)
     moved = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 0.1, state.params))
-    _, metrics = step(moved, frozen, tiny.batch())
+    _, metrics = step(moved, frozen, rows())
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     np.testing.assert_allclose(float(metrics["loss"]), 2.0 * 0.5 * 0.01 * count, rtol=1e-4)
 
@@ -210,49 +226,46 @@ def test_noise_on_the_embeddings_moves_the_predictions_a_little():
     values = {}
     for scale in (0.0, 1e-2):
         state, frozen, step = begun([terms.r3f("embed", scale)], objective=None)
-        values[scale] = float(step(state, frozen, tiny.batch())[1]["r3f"])
+        values[scale] = float(step(state, frozen, rows())[1]["r3f"])
     assert values[0.0] == 0.0 < values[1e-2] < 0.1
 
 
 def test_mixout_of_probability_zero_is_the_run_without_it():
     plain, frozen, step = begun([])
     mixed = begun([], perturb=terms.mixout(0.0))[2]
-    wanted, _ = step(plain, frozen, tiny.batch())
-    found, _ = mixed(plain, with_constants(frozen, anchor=plain.params), tiny.batch())
+    wanted, _ = step(plain, frozen, rows())
+    found, _ = mixed(plain, with_constants(frozen, anchor=plain.params), rows())
     assert tiny.apart(flatten(found.params), flatten(wanted.params)) < 1e-6
     with pytest.raises(ValueError, match="with_constants"):
-        mixed(plain, frozen, tiny.batch())
+        mixed(plain, frozen, rows())
 
 
 def test_replayed_rows_are_learned_as_the_batch_is():
     made = [terms.replay(TASK, weight=0.5)]
     state, frozen, step = begun(made)
-    _, metrics = step(state, frozen, domains(replay=tiny.batch(seed=3)))
-    losses = [float(TASK(View({}, outputs(seed), tiny.batch(seed=seed), None, jnp.array(0)))[0]) for seed in (0, 3)]
+    _, metrics = step(state, frozen, domains(replay=rows(3)))
+    losses = [float(TASK(View({}, outputs(seed), rows(seed), None, jnp.array(0)))[0]) for seed in (0, 3)]
     np.testing.assert_allclose(float(metrics["loss"]), losses[0] + 0.5 * losses[1], rtol=1e-5)
 
 
 def test_a_memory_bends_the_gradient_where_they_disagree():
-    src = source()
-    contrary = dict(tiny.batch())
+    src, contrary = source(), rows()
     contrary["labels"] = (contrary["labels"] + 1) % 3
-    labels = groups.labels_of(src.model, groups.full(src.model), src.params)
-    inner = tiny.transform(labels, tiny.PLAIN)
+    inner = tiny.transform(jax.tree.map(lambda _: "all", src.params), tiny.PLAIN)
     state, frozen, step = begun([], tx=continual.a_gem(inner), memory=TASK)
-    after, _ = step(state, frozen, {**tiny.batch(), "replay": contrary})
+    after, _ = step(state, frozen, {**rows(), "replay": contrary})
     moved = jax.tree.map(jnp.subtract, state.params, after.params)
 
     def loss(params, batch):
         return TASK(View({}, apply(src.model, params, batch), batch, None, jnp.array(0)))[0]
 
     grad = jax.jit(jax.grad(loss))
-    g, r = (grad(src.params, batch) for batch in (tiny.batch(), contrary))
+    g, r = (grad(src.params, batch) for batch in (rows(), contrary))
     assert float(optax.tree.vdot(g, r)) < 0
     wanted = flatten(continual.project(g, r))
-    stacked = flatten(params_of(dataclasses.replace(state, params=moved), frozen))
-    assert tiny.apart(stacked, wanted) < 2e-5
+    assert tiny.apart(flatten(moved), wanted) < 2e-5
     with pytest.raises(ValueError, match="no domain 'replay'"):
-        step(state, frozen, tiny.batch())
+        step(state, frozen, rows())
 
 
 def test_the_sums_of_centroids_go_on_from_step_to_step_and_over_microbatches():
@@ -260,7 +273,7 @@ def test_the_sums_of_centroids_go_on_from_step_to_step_and_over_microbatches():
     state, frozen, step = begun(made, group=Group("sgd", lr=0.0, weight_decay=0.0))
     one, _ = step(state, frozen, domains())
     two, metrics = step(one, frozen, domains())
-    f = source_free.unit(real(outputs(7)["pooler_output"]))
+    f = source_free.unit(real(outputs(7)["features"]))
     sums = jax.nn.softmax(real(outputs(7)["logits"]), axis=-1).T @ f
     np.testing.assert_allclose(one.terms["centroid_labels"], sums, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(two.terms["centroid_labels"], 1.9 * sums, rtol=1e-4, atol=1e-5)
@@ -272,9 +285,9 @@ def test_two_heads_and_what_they_disagree_about():
     state, frozen, step = begun(made, objective=None, group=tiny.PLAIN)
     after, metrics = step(state, frozen, domains())
     src, second = source(), state.params[AUX]["mcd"]
-    hidden = outputs(7)["pooler_output"]
+    hidden = outputs(7)["features"]
     told = [
-        run_span(src.model, {**src.params, "head": head}, {"pooler_output": hidden}, LAYER, None)["logits"]
+        run_span(src.model, {**src.params, "head": head}, {"hidden": hidden}, LAYER, None)["logits"]
         for head in (src.params["head"], second)
     ]
     wanted = discrepancy.classifier_discrepancy(*map(real, told))
@@ -285,34 +298,34 @@ def test_two_heads_and_what_they_disagree_about():
 def test_of_the_target_no_labels_are_seen():
     state, frozen, step = begun([terms.entropy()])
     with pytest.raises(ValueError, match="'target' has labels"):
-        step(state, frozen, {**tiny.batch(), "target": tiny.batch()})
+        step(state, frozen, {**rows(), "target": rows()})
 
 
 @pytest.mark.parametrize(
     ("made", "constants", "told"),
     [
-        ([terms.entropy()], (), "entropy: reads the domain 'target'; the batch has no further domain"),
-        ([terms.lwf()], (), "lwf: reads the source's values"),
-        ([terms.ewc()], "anchor", "ewc: reads importances"),
+        ([terms.entropy()], None, "entropy: reads the domain 'target'; the batch has no further domain"),
+        ([terms.lwf()], None, "lwf: reads the source's values"),
+        ([terms.ewc()], anchor, "ewc: reads importances"),
     ],
 )
 def test_what_a_term_lacks_is_named(made, constants, told):
     state, frozen, step = begun(made, constants=constants)
     with pytest.raises(ValueError, match=told):
-        step(state, frozen, tiny.batch())
+        step(state, frozen, rows())
 
 
 def test_boundaries_and_names_are_checked():
     model = source().model
-    assert seen.boundary(model) == LAYER and seen.boundary(model, "blocks/0") == "blocks/0"
+    assert seen.boundary(model) == LAYER and seen.boundary(model, "embed") == "embed"
     with pytest.raises(ValueError, match="the stages are embed"):
         seen.boundary(model, "blocks/9")
     with pytest.raises(ValueError, match="a model without a head"):
-        seen.boundary(tiny.trunk(num_hidden_layers=1).model)
+        seen.boundary(from_nnx(nnx.Linear(2, 2, rngs=nnx.Rngs(0))).model)
     with pytest.raises(ValueError, match="two terms are called 'entropy'"):
         total(TASK, [terms.entropy(), terms.entropy()])
     with pytest.raises(ValueError, match="needs a term"):
         total(None, [])
-    view = View({}, {}, tiny.batch(), None, jnp.array(0))
+    view = View({}, {}, rows(), None, jnp.array(0))
     with pytest.raises(ValueError, match="is not captured"):
         seen.features(view, LAYER)
