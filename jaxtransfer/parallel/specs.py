@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtransfer.parallel.columns import Columns
 from jaxtransfer.parallel.mesh import ShardingError as ShardingError
 from jaxtransfer.parallel.mesh import check_automatic, parts
 from jaxtransfer.tree.paths import flatten, map_with_path
@@ -116,6 +117,8 @@ def _named(mesh: Mesh, entries: Iterable[Any]) -> NamedSharding:
 def fsdp(tree: Any, mesh: Mesh, *, axis: str = "fsdp", min_size: int = 2**12) -> Rules:
     """The generic rule: each leaf's largest dimension that divides is split over ``axis``; small leaves stay whole.
 
+    An embedding is split by columns, if these divide: so a lookup needs no row that is elsewhere.
+
     Args:
       tree: canonical parameters, of any model.
       mesh: the mesh.
@@ -128,7 +131,8 @@ def fsdp(tree: Any, mesh: Mesh, *, axis: str = "fsdp", min_size: int = 2**12) ->
         shape = tuple(np.shape(leaf))
         fits = [i for i, size in enumerate(shape) if size % parts == 0]
         if parts > 1 and fits and int(np.prod(shape)) >= min_size:
-            best = max(fits, key=lambda i: shape[i])
+            table = path.endswith("/embedding") and len(shape) - 1 in fits
+            best = len(shape) - 1 if table else max(fits, key=lambda i: shape[i])
             rules.append(Rule(_escape(path), P(*[axis if i == best else None for i in range(best + 1)]), optional=True))
     return tuple(rules)
 
@@ -146,20 +150,38 @@ def place(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.device_put(tree, shardings(tree, mesh, rules))
 
 
-def gather(tree: Any, mesh: Mesh, rules: Rules, *, axis: str = "fsdp") -> Any:
-    """Inside ``jit``: leaves outside stacks made whole along ``axis`` for their use.
+def gather(tree: Any, mesh: Mesh, rules: Rules, *, axis: str = "fsdp", columns: bool = True) -> Any:
+    """Inside ``jit``: leaves outside stacks made ready along ``axis`` for their use.
 
-    A scanned layer's parameters are gathered by XLA, layer by layer. Left to itself with an embedding, it shards what
-    was looked up as the table is, and then replicates the whole batch to split it by rows again.
+    A scanned layer's parameters are gathered by XLA, layer by layer. What is left are a model's ends. There embeddings
+    and wide kernels become `Columns`; all else is made whole, because XLA, left to itself, may shard activations as the
+    weight is and replicate the whole batch to split it by rows again.
+
+    Args:
+      tree: laid out, with its leaf types.
+      mesh, rules: as `shardings` takes them.
+      axis: the axis that leaves are split over between their uses.
+      columns: whether the model takes leaf types.
     """
 
     def use(path: str, leaf: Any, where: NamedSharding) -> Any:
         if stacked_length(path) is not None:
             return leaf
+        axes = tuple(name for entry in reversed(where.spec) for name in _names(entry))
+        if columns and axis in axes and mesh.shape[axis] > 1 and _by_columns(path, leaf):
+            return Columns(leaf, mesh, axes).split()
         spec = [tuple(name for name in _names(axes) if name != axis) or None for axes in where.spec]
         return jax.lax.with_sharding_constraint(leaf, _named(mesh, spec))
 
     return map_with_path(use, tree, shardings(tree, mesh, rules))
+
+
+def _by_columns(path: str, leaf: Any) -> bool:
+    """Tables, and kernels with at least twice as many outputs as inputs, but for those of adapters."""
+    name, *inside = path.rsplit("/", 1)[-1].split("@")
+    if leaf.ndim != 2 or any(part != "base" for part in inside):
+        return False
+    return name == "embedding" or (name == "kernel" and leaf.shape[1] >= 2 * leaf.shape[0])
 
 
 def _names(axes: Any) -> tuple[str, ...]:
