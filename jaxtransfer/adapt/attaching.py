@@ -22,7 +22,7 @@ from jaxtransfer.adapt.quantized import Quantized
 from jaxtransfer.adapt.vera import VeRA, draw
 from jaxtransfer.tree import fingerprint, weights
 from jaxtransfer.tree.paths import Params, flatten, unflatten, weight_path
-from jaxtransfer.tree.rules import Rules, match_paths
+from jaxtransfer.tree.rules import Rules, as_rules, match_paths, winning_rules
 from jaxtransfer.tree.weights import SHARED, Weight, is_weight
 from jaxtransfer.types import Lineage, Source
 
@@ -54,13 +54,7 @@ def attach(source: Source, rules: Rules, key: jax.Array, *, name: str = NAME) ->
     chosen = {path: make for path, make in makes.items() if make is not None}
     if not chosen:
         raise AdapterError("attach: the rules choose no leaf; give one a maker, such as ('.*/query/kernel', lora(8))")
-    for path, make in chosen.items():
-        if name in names_of(flat[path]):
-            raise AdapterError(
-                f"{path}: has an adapter called {name!r} already; merge it, or attach under another name"
-            )
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        flat[path] = make(path, flat[path], own, name)
+    flat |= _made(flat, rules, chosen, key, name)
     note = f"attach({name!r}: {len(chosen)} leaves, {', '.join(sorted({type(flat[p]).__name__ for p in chosen}))})"
     drawn = _drawn(flat, [node for path in chosen if isinstance(node := flat[path], VeRA)], key)
     note += f", key {jax.random.key_data(key).tolist()}" if drawn else ""
@@ -69,6 +63,33 @@ def attach(source: Source, rules: Rules, key: jax.Array, *, name: str = NAME) ->
     known = {**source.lineage.fingerprints, **deeper(source.lineage, chosen), **fingerprint(drawn)}
     lineage = dataclasses.replace(source.lineage, fingerprints=known)
     return _changed(dataclasses.replace(source, lineage=lineage), unflatten(flat), note)
+
+
+def _made(
+    flat: Mapping[str, Any], rules: Rules, chosen: Mapping[str, Make], key: jax.Array, name: str
+) -> dict[str, Adapter]:
+    """An adapter around each chosen weight.
+
+    Raises:
+      AdapterError: some cannot have theirs: the first of them, how many there are, and the rule that chose it.
+    """
+    made, failed = {}, {}
+    for path, make in chosen.items():
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        try:
+            if name in names_of(flat[path]):
+                raise AdapterError(
+                    f"{path}: has an adapter called {name!r} already; merge it, or attach under another name"
+                )
+            made[path] = make(path, flat[path], own, name)
+        except AdapterError as error:
+            failed[path] = error
+    if failed:
+        first, error = next(iter(failed.items()))
+        rule = as_rules(rules)[winning_rules(rules, [first])[first] or 0].pattern
+        more = f", as {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise AdapterError(f"{error} (chosen by rule {rule!r}{more})")
+    return made
 
 
 def deeper(lineage: Lineage, chosen: Collection[str]) -> dict[str, str]:

@@ -80,8 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PeftError(f"{folder.name}: holds no {WEIGHTS}{pickled if any(folder.glob('*.bin')) else ''}")
     raw = read_object(folder / CONFIG, CONFIG_BYTES, PeftError)
     kind = raw.get("peft_type")
-    if kind not in READ:
-        why = f" ({_REASONS[kind]})" if kind in _REASONS else ""
+    if not isinstance(kind, str) or kind not in READ:
+        why = f" ({_REASONS[str(kind)]})" if str(kind) in _REASONS else ""
         raise PeftError(f"{folder.name}: peft_type {kind!r} is not supported{why}, only {', '.join(READ)}")
     silent = {field for fields in (*SILENT[kind], *EVERYWHERE) for field in fields.split()}
     for field, value in raw.items():

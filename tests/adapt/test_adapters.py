@@ -195,15 +195,19 @@ def test_rows_of_a_batch_run_under_adapters_of_their_own():
         (
             [("w/kernel", at.lora(5))],
             at.AdapterError,
-            r"w/kernel: rank 5 is above the smaller side of its shape \(7, 4\)",
+            r"w/kernel: rank 5 is above the smaller side of its shape \(7, 4\) \(chosen by rule 'w/kernel'\)",
         ),
-        ([("w/.*", at.lora(2))], at.AdapterError, r"w/bias: a leaf of shape \(4,\) takes no adapter"),
-        ([("v/kernel", at.lora(2))], RuleError, "matches none"),
+        (
+            [("w/kernel", None), (".*", at.lora(2))],
+            at.AdapterError,
+            r"[vw]/bias: a leaf of shape \(4,\) takes no adapter.*/kernel \(chosen by rule '\.\*', as 1 more\)",
+        ),
+        ([("x/kernel", at.lora(2))], RuleError, "matches none"),
     ],
 )
 def test_bad_rules(rules, error, message):
     with pytest.raises(error, match=message):
-        at.attach(source(w=normal(7, 4)), rules, KEY)
+        at.attach(source(w=normal(7, 4), v=normal(7, 4)), rules, KEY)
 
 
 def test_bad_options():

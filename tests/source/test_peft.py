@@ -209,6 +209,7 @@ def test_every_field_of_peft_is_read_or_passed_over_for_a_reason_or_refused_by_n
         ("VERA", {"vera_dropout": -0.1}, "field vera_dropout=-0.1"),
         ("PROMPT_TUNING", {"num_virtual_tokens": "4"}, "field num_virtual_tokens='4'"),
         ("PROMPT_TUNING", {"num_transformer_submodules": 2}, "field num_transformer_submodules=2"),
+        (["LORA"], {}, r"peft_type \['LORA'\] is not supported, only LORA, IA3"),
         ("PREFIX_TUNING", {}, "peft_type 'PREFIX_TUNING' is not supported .PEFT's prefixes move the tokens' positions"),
     ],
 )
