@@ -4,6 +4,7 @@ from jaxtransfer.objectives import adversarial as adversarial
 from jaxtransfer.objectives import continual as continual
 from jaxtransfer.objectives import discrepancy as discrepancy
 from jaxtransfer.objectives import distillation as distillation
+from jaxtransfer.objectives import gradual as gradual
 from jaxtransfer.objectives import regularisers as regularisers
 from jaxtransfer.objectives import source_free as source_free
 from jaxtransfer.objectives import terms as terms

@@ -98,7 +98,7 @@ def chunked(
 def map_chunks(
     fn: Callable[[jax.Array, jax.Array], jax.Array], projection: Projection, labels: jax.Array, count: int
 ) -> jax.Array:
-    """``fn(logits (B, t, V), labels (B, t)) -> (B, t)`` of each chunk, joined: (B, T). For evaluation."""
+    """``fn(logits (B, t, V), labels (B, t)) -> (B, t, ...)`` of each chunk, joined: (B, T, ...). For evaluation."""
 
     def body(index: Any, hidden: Any, labels: Any) -> jax.Array:
         return fn(_logits(projection, projection.key, index, hidden), labels)

@@ -75,6 +75,21 @@ def losses_of(outputs: Mapping[str, Any], labels: jax.Array) -> jax.Array:
     return map_chunks(lambda logits, labels: token_losses(logits, labels)[0], projection, labels, count)
 
 
+def losses_and_hits(outputs: Mapping[str, Any], labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `losses_of` gives, and where the likeliest token is the label, 1 or 0: (B, T) float32 both."""
+
+    def both(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        hits = (_first_largest(logits) == labels).astype(jnp.float32)
+        return jnp.stack([token_losses(logits, labels)[0], hits], axis=-1)
+
+    projection = outputs.get(PROJECTION)
+    if projection is None or (count := chunk_count(projection)) == 1:
+        found = both(outputs["logits"], labels)
+    else:
+        found = map_chunks(both, projection, labels, count)
+    return found[..., 0], found[..., 1]
+
+
 def language_model(label_smoothing: float = 0.0, z_loss: float = 0.0, *, chunks: int | None = None) -> Objective:
     """Mean cross-entropy of the tokens that count: ``sum_i w_i CE_i / sum_i w_i``.
 

@@ -253,22 +253,20 @@ def feature_distillation(layers: Sequence[str], *, weight: float | Schedule = 0.
     return Term("feature_distillation", loss, weight, tuple(layers), anchored=True)
 
 
-def co_tuning(*, weight: float | Schedule = 2.3) -> Term:
+def co_tuning(layer: str, *, weight: float | Schedule = 2.3) -> Term:
     """`distillation.soft_cross_entropy` of the source's own head, ``aux/co_tuning``, to its classes given the labels.
 
-    You et al. 2020. ``constants["relation"]`` (C, Z) is `distillation.class_relation`; the head's parameters, like
-    those of the model's own but of Z classes, are linear: ``kernel`` (d, Z) and ``bias`` (Z,) on the features before
-    the model's head.
+    You et al. 2020. ``constants["relation"]`` (C, Z) is `distillation.class_relation`; the head, linear on the features at
+    ``layer``, is ``kernel`` (d, Z) and ``bias`` (Z,), put among the parameters by whoever composes the run.
     """
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
-        assert view.model is not None
         head = view.params[AUX]["co_tuning"]
-        logits = seen.features(view, seen.boundary(view.model)) @ head["kernel"] + head["bias"][None, :]
+        logits = seen.features(view, layer) @ head["kernel"] + head["bias"][None, :]
         labels = seen.repeated(view, view.batch["labels"])
         return distillation.soft_cross_entropy(logits, view.constants["relation"][labels]), {}
 
-    return Term("co_tuning", loss, weight)
+    return Term("co_tuning", loss, weight, (layer,))
 
 
 def replay(objective: Objective, *, weight: float | Schedule = 1.0) -> Term:

@@ -329,3 +329,14 @@ def test_boundaries_and_names_are_checked():
     view = View({}, {}, rows(), None, jnp.array(0))
     with pytest.raises(ValueError, match="is not captured"):
         seen.features(view, LAYER)
+
+
+def test_the_sources_own_head_learns_its_classes_given_the_labels():
+    relation = jnp.asarray([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], jnp.float32)
+    head = {"kernel": jnp.full((8, 2), 0.1), "bias": jnp.array([0.3, -0.3])}
+    view = View({AUX: {"co_tuning": head}}, {"captured": {LAYER: outputs(0)["features"]}}, rows(), None, jnp.array(0))
+    view = dataclasses.replace(view, constants={"relation": relation})
+    value, _ = terms.co_tuning(LAYER).loss(view)
+    logits = real(outputs(0)["features"]) @ head["kernel"] + head["bias"][None, :]
+    wanted = -jnp.mean(jnp.sum(relation[real(jnp.asarray(rows()["labels"]))] * jax.nn.log_softmax(logits), axis=-1))
+    np.testing.assert_allclose(float(value), float(wanted), rtol=1e-5)
