@@ -22,7 +22,7 @@ jax.config.update("jax_platforms", "cpu")
 
 from jaxtransfer import config, plan  # noqa: E402
 from jaxtransfer.config import ConfigError  # noqa: E402
-from jaxtransfer.job import blueprints  # noqa: E402
+from jaxtransfer.job import blueprints, meshes  # noqa: E402
 from jaxtransfer.report.axes import WIDTH, axis, svg, text  # noqa: E402
 from jaxtransfer.report.markup import join, tag  # noqa: E402
 
@@ -40,7 +40,7 @@ def mesh_of(devices):
     """The longest `fsdp` axis, up to `MOST`, that lies along the slice's axes; the rest is `data`."""
     for fsdp in (n for n in (64, 32, 16, 8, 4) if n <= min(MOST, len(devices))):
         try:
-            return blueprints.device_mesh({"data": len(devices) // fsdp, "fsdp": fsdp, "tensor": 1}, devices)
+            return meshes.device_mesh({"data": len(devices) // fsdp, "fsdp": fsdp, "tensor": 1}, devices)
         except ConfigError:
             continue
     raise ValueError(f"no mesh of {len(devices)} devices")

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtransfer import cli, config, job, plan
 from jaxtransfer.config import ConfigError
-from jaxtransfer.job import adapting, blueprints, planning, searching
+from jaxtransfer.job import adapting, blueprints, meshes, planning, searching
 from jaxtransfer.job.prepare import trained
 from jaxtransfer.job.sources import sharding_rules
 from jaxtransfer.job.tasks import make_task
@@ -233,7 +233,7 @@ def test_a_compiled_plan_agrees_with_the_compilers_own_count(made):
     kinds = {one.kind for one in found.collectives}
     assert kinds <= set(hlo.COLLECTIVES) and "all-reduce" in kinds
     assert 0 < found.traffic < 1e9
-    trial = searching.given(dataclasses.replace(draft.config))
+    trial = searching.given(draft.config, draft.config.mesh)
     e = searching.estimated(draft, drawn, dataclasses.replace(trial, mesh={"data": 2, "fsdp": 4, "tensor": 1}))
     assert e.temporaries == pytest.approx(found.temporaries, rel=1.0)  # an estimate: within a factor of two
 
@@ -255,6 +255,16 @@ def test_gpus_are_planned_by_arithmetic_and_it_says_so(made):
     assert page["fits"].startswith("yes")
     assert {line.what for line in page["memory"]} >= {"trunk", "head", "optimizer", "temporaries", "total"}
     assert [bound.what for bound in page["bounds"]] == ["arithmetic", "memory", "links"]
+
+
+def test_a_mesh_is_chosen_for_a_slice_that_is_not_here(made, monkeypatch):
+    page = job.plan(made(mesh="auto"), "h100:8", say=quiet)
+    assert page["mesh"].startswith("mesh: auto took data 8: of 79.00 GiB a device holds 0.00 of parameters")
+    monkeypatch.setitem(plan.CHIPS, "h100", dataclasses.replace(plan.CHIPS["h100"], hbm=2.0**21))
+    page = job.plan(made(mesh="auto"), "h100:8", say=quiet)
+    assert page["mesh"].startswith("mesh: auto took data 2 x fsdp 4: ")
+    with pytest.raises(ConfigError, match="16 rows in 1 microbatches do not divide over 6 devices"):
+        job.plan(made(mesh="auto"), "h100:6", say=quiet)
 
 
 def test_what_does_not_fit_is_an_answer(made, monkeypatch):
@@ -345,8 +355,7 @@ def test_pods_name_a_slice_that_their_mesh_is(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings, text = config.load(path), path.read_text()
     where = plan.topology(text.partition("--topology ")[2].split()[0])
-    trial = searching.given(settings)
-    blueprints.check_mesh(trial.mesh, where, settings.data.batch, trial.accumulate)
+    meshes.check_mesh(dataclasses.asdict(settings.mesh), where, settings.data.batch, settings.run.accumulate)
 
 
 # With libtpu

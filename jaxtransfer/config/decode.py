@@ -53,7 +53,7 @@ def decode(kind: Any, value: Any, path: str = "") -> Any:
 
 
 def _union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    """``X | None``, unions of scalars and tuples, and records that are told apart by their first field."""
+    """``X | None``, unions of scalars, tuples and a record, and records that are told apart by their first field."""
     if value is None and type(None) in kinds:
         return None
     rest = [kind for kind in kinds if kind is not type(None)]
@@ -61,6 +61,9 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
         return decode(rest[0], value, path)
     if all(map(dataclasses.is_dataclass, rest)):
         return _tagged(rest, value, path)
+    records = [kind for kind in rest if dataclasses.is_dataclass(kind)]
+    if len(records) == 1 and isinstance(value, Mapping):  # whose own message says more
+        return decode(records[0], value, path)
     for kind in rest:
         try:
             return decode(kind, value, path)

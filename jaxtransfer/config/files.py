@@ -71,6 +71,8 @@ def keys(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, str | N
         item = _item(hints[field.name])
         records = [arm for arm in _arms(item or hints[field.name]) if dataclasses.is_dataclass(arm)]
         if len(records) == 1:
+            words = [arm for arm in _arms(hints[field.name]) if typing.get_origin(arm) is Literal]
+            yield from ((f"{path}{field.name}", f"{describe(arm)}, or its keys", None) for arm in words)
             yield from keys(records[0], f"{path}{field.name}.")
             continue
         if records:

@@ -165,6 +165,11 @@ class MeshConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "data", "fsdp", "tensor", "sequence")
 
+    @property
+    def size(self) -> int:
+        """The number of devices."""
+        return self.data * self.fsdp * self.tensor * self.sequence
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
@@ -209,7 +214,11 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run, whole. ``out`` is the folder that it writes to; ``pretrain``, where it is given, runs before."""
+    """One run, whole. ``out`` is the folder that it writes to; ``pretrain``, where it is given, runs before.
+
+    ``mesh: auto`` takes copies along ``data`` of what leaves half of a device's memory free, else splits it along
+    ``fsdp``, over no more devices than that needs.
+    """
 
     source: SourceConfig
     pretrain: PretrainConfig | None = None
@@ -219,7 +228,7 @@ class Config:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     run: RunConfig
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig | Literal["auto"] = MeshConfig()
     study: StudyConfig | None = None
     out: str
 

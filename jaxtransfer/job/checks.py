@@ -1,5 +1,6 @@
 """What must fit together before work starts: task and metric, data and model, batch and devices, budgets and data."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtransfer.adapt import heads
-from jaxtransfer.config import Config, ConfigError
+from jaxtransfer.config import Config, ConfigError, MeshConfig
 from jaxtransfer.config.decode import nearest
 from jaxtransfer.data.dataset import DataError, Dataset
 from jaxtransfer.data.loader import Examples
+from jaxtransfer.job.meshes import check_rows
 from jaxtransfer.job.optimization import UNTIE
 from jaxtransfer.models import apply
 from jaxtransfer.tasks import Task
@@ -44,7 +46,7 @@ def check_vocabulary(examples: Mapping[str, Examples], model: Model) -> None:
             raise DataError(f"{split}: token {top} is beyond the vocabulary of {size}; another model's tokenizer?")
 
 
-def check_shapes(config: Config, source: Source, training: Examples) -> None:
+def check_shapes(config: Config, mesh: MeshConfig, source: Source, training: Examples) -> None:
     """The longest text or the images must fit the model, and a batch divide into microbatches and over devices."""
     if training.lazy is None:
         ids = jax.ShapeDtypeStruct((1, config.buckets[-1]), jnp.int32)
@@ -57,12 +59,7 @@ def check_shapes(config: Config, source: Source, training: Examples) -> None:
         jax.eval_shape(partial(apply, source.model), source.params, batch)
     except ValueError as error:
         raise ConfigError(f"{field}: {error}", field) from None
-    parts = config.run.accumulate * config.mesh.data * config.mesh.fsdp
-    if config.data.batch % parts:
-        raise ConfigError(
-            f"data.batch: {config.data.batch} rows do not divide by {parts}: run.accumulate {config.run.accumulate} x "
-            f"mesh.data {config.mesh.data} x mesh.fsdp {config.mesh.fsdp}", "data.batch",
-        )  # fmt: skip
+    check_rows(dataclasses.asdict(mesh), config.data.batch, config.run.accumulate)
 
 
 def check_tied(model: Model, labels: Any) -> None:

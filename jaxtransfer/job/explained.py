@@ -53,7 +53,8 @@ def tables(job: Job) -> dict[str, Any]:
         "adapters": [row for put in puts(job.config, job.trunk, job.task, seed) for row in _places(put, labels)],
         "quantized": _grouped((type(node).__name__, path, [node]) for path, node in weights.items()),
     }
-    return {name: rows for name, rows in found.items() if rows}
+    chosen = {"mesh": job.chosen} if job.chosen else {}
+    return {**chosen, **{name: rows for name, rows in found.items() if rows}}
 
 
 def _groups(job: Job, weights: Mapping[str, Any]) -> list[GroupRow]:

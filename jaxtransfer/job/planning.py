@@ -1,13 +1,14 @@
 """The command plan: a run's real step, compiled for a slice that is not here, and what it would hold, do and send."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxtransfer import plan as planning
-from jaxtransfer.config import Config
-from jaxtransfer.job import blueprints, searching
+from jaxtransfer.config import Config, MeshConfig
+from jaxtransfer.job import auto_mesh, blueprints, meshes, searching
 from jaxtransfer.job.blueprints import Draft
 from jaxtransfer.job.searching import Trial
 from jaxtransfer.parallel import spelled
@@ -36,15 +37,15 @@ def plan(
     """
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and no accelerator is to be waited for
     where = planning.topology(topology)
-    trial = searching.given(config)
-    if not search:
-        blueprints.check_mesh(trial.mesh, where, config.data.batch, trial.accumulate)
-    else:
+    if search:
         to = searching.new_file(config, topology, to)
+    elif isinstance(config.mesh, MeshConfig):
+        meshes.check_mesh(dataclasses.asdict(config.mesh), where, config.data.batch, config.run.accumulate)
     devices = planning.devices(where) if where.chip.tpu else None
     draft = blueprints.draft(config, say)
     if not search:
-        return _record(draft, trial, where, devices)
+        choice = auto_mesh.on_slice(config, draft.source, where, devices)
+        return _record(draft, searching.given(config, choice.mesh), where, devices, choice.why)
     trials = searching.ranked(draft, where, devices)
     if devices is None:
         best, tried = trials[0], [searching.row(each) for each in trials[: searching.SHOWN]]
@@ -55,13 +56,13 @@ def plan(
     return {**_record(draft, best.trial, where, devices), "written": str(to), "tried": tried}
 
 
-def _record(draft: Draft, trial: Trial, where: Topology, devices: Any) -> dict[str, Any]:
-    """What is shown of one way to run a step."""
+def _record(draft: Draft, trial: Trial, where: Topology, devices: Any, chosen: str = "") -> dict[str, Any]:
+    """What is shown of one way to run a step, and why its mesh was chosen."""
     chip = where.chip
     drawn, model, done = searching.drawn(draft, trial, where)
     page: dict[str, Any] = {
         "topology": f"{where.name}, {where.count} devices of {chip.hbm / GIB:.2f} GiB",
-        "mesh": spelled(trial.mesh),
+        "mesh": chosen or spelled(trial.mesh),
         "batch": ", ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in drawn.batch.items()),
         "remat": str(trial.remat or "none"),
         "accumulate": trial.accumulate,
@@ -72,7 +73,7 @@ def _record(draft: Draft, trial: Trial, where: Topology, devices: Any) -> dict[s
         rows = planning.memory(drawn, round(found.temporaries), chip)
         fits, moved, sent = rows[-1].bytes <= chip.hbm, found.traffic, found.sent
     else:
-        compiled = planning.compiled(draft.on(blueprints.device_mesh(trial.mesh, devices), **trial.run))
+        compiled = planning.compiled(draft.on(meshes.device_mesh(trial.mesh, devices), **trial.run))
         page["by"] = f"libtpu, compiled in {compiled.seconds:.1f} s"
         rows = planning.memory(drawn, compiled.temporaries, chip, code=compiled.code, padding=compiled.padding)
         fits, moved, sent = compiled.fits, compiled.traffic, planning.sent(compiled.collectives)

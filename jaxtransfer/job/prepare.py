@@ -17,9 +17,10 @@ from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.data.loader import Examples, Loader, batches
 from jaxtransfer.data.pairing import Paired
 from jaxtransfer.data.sources import DataSpec, read
-from jaxtransfer.job import adapting, checks
+from jaxtransfer.job import adapting, auto_mesh, checks
+from jaxtransfer.job.meshes import mesh_of
 from jaxtransfer.job.optimization import optimizer_groups, recipe, thawed
-from jaxtransfer.job.sources import load_source, make_mesh_of, sharding_rules
+from jaxtransfer.job.sources import load_source, sharding_rules
 from jaxtransfer.job.tasks import columns_of, make_task
 from jaxtransfer.job.terms import DOMAINS, Terms, terms_of
 from jaxtransfer.models import init
@@ -53,6 +54,7 @@ class Job:
       terms: what is minimised beside the task's loss.
       labels: what trains; ``groups``: how; ``tx``: the two together.
       steps: batches of a run; ``epoch``: batches of an epoch.
+      chosen: why this mesh, where the configuration leaves it open.
       before: the run that makes the source, until it has; the trunk then has no weights of its own yet.
       features: examples -> the same with the output of the frozen stages in place, which ``step`` and ``evaluate`` then
         go on from; None where these run all of the model. See `caching`.
@@ -77,6 +79,7 @@ class Job:
     epoch: int
     mesh: Mesh | None
     sharding: Rules
+    chosen: str = ""
     before: "Job | None" = None
     features: Callable[[Examples], Examples] | None = None
 
@@ -165,7 +168,8 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What makes a run folder this run's: its configuration but for its places, its source, its data."""
         known = _dotted(dataclasses.asdict(self.config))
-        config = {key: value for key, value in known if key not in ("out", "run.cache") and not key.startswith("mesh.")}
+        places = ("out", "run.cache", "mesh")
+        config = {key: value for key, value in known if key not in places and not key.startswith("mesh.")}
         data = {f"data {split}": data.digest for split, data in self.data.items()}
         if self.before is not None:
             data |= {f"pretrain data {split}": data.digest for split, data in self.before.data.items()}
@@ -185,7 +189,10 @@ def prepare(config: Config, say: Say) -> Job:
     data = {split: read(spec, _columns(config, split)) for split, spec in splits(config).items()}
     task = make_task(config, data[TRAIN])
     checks.check_task(config, task)
-    mesh = make_mesh_of(config)
+    chosen = auto_mesh.chosen(config, task)
+    mesh = mesh_of(chosen.mesh)
+    if chosen.why:
+        say(chosen.why)
     trunk = load_source(config, task, mesh, say)
     processor = task.processor(trunk)
     training = task.prepare(processor, data[TRAIN], train=True)
@@ -199,7 +206,7 @@ def prepare(config: Config, say: Say) -> Job:
     for note in dict.fromkeys(note for example in all_examples for note in example.notes):
         say(note)
     source = adapting.begun(config, trunk, task, config.run.seed)
-    checks.check_shapes(config, source, training)
+    checks.check_shapes(config, chosen.mesh, source, training)
     checks.check_budgets(config, task, data[TRAIN])
     epoch = -(-len(training) // config.data.batch)
     steps = config.run.steps or epoch * (config.run.epochs or 0)
@@ -212,7 +219,7 @@ def prepare(config: Config, say: Say) -> Job:
     return Job(
         config=config, trunk=trunk, task=task, processor=processor, data=data, training=training, examples=examples,
         domains=domains, terms=terms, model=source.model, **how, steps=steps, epoch=epoch, mesh=mesh, sharding=sharding,
-        before=None if part is None else prepare(part, say),
+        chosen=chosen.why, before=None if part is None else prepare(part, say),
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtransfer import config as configs
 from jaxtransfer import plan as planning
 from jaxtransfer.config import Config, ConfigError, MeshConfig
-from jaxtransfer.job import blueprints
 from jaxtransfer.job.blueprints import Draft
+from jaxtransfer.job.meshes import abstract_mesh, device_mesh, lies
 from jaxtransfer.models import family
 from jaxtransfer.parallel import ShardingError, spelled
 from jaxtransfer.plan import Blueprint, Estimate, Topology
@@ -46,14 +46,14 @@ class Ranked:
     ms: float
 
 
-def given(config: Config) -> Trial:
-    """What the configuration says."""
-    return Trial(dataclasses.asdict(config.mesh), config.run.remat, config.run.accumulate)
+def given(config: Config, mesh: MeshConfig) -> Trial:
+    """What the configuration says, on a mesh."""
+    return Trial(dataclasses.asdict(mesh), config.run.remat, config.run.accumulate)
 
 
 def drawn(draft: Draft, trial: Trial, where: Topology) -> tuple[Blueprint, float, float]:
     """A step on a mesh of no devices; operations that the model needs of each, and that are done with remat."""
-    mesh = blueprints.abstract_mesh(trial.mesh)
+    mesh = abstract_mesh(trial.mesh)
     made = draft.on(mesh, **trial.run)
     done = planning.count(planning.trace(made)) / where.count
     plain = draft.on(mesh, remat=None, accumulate=1)
@@ -84,9 +84,9 @@ def ranked(draft: Draft, where: Topology, devices: Any = None) -> list[Ranked]:
     """
     found: list[Ranked] = []
     traces: dict[Any, Any] = {}  # the same program on every mesh
-    for mesh in (mesh for mesh in meshes(draft, where) if devices is None or _lies(mesh, devices)):
+    for mesh in (mesh for mesh in meshes(draft, where) if devices is None or lies(mesh, devices)):
         try:
-            made = draft.on(abstract := blueprints.abstract_mesh(mesh))
+            made = draft.on(abstract := abstract_mesh(mesh))
         except ShardingError:  # of a leaf that does not divide: another mesh is as good
             continue
         for how in itertools.product(_REMAT, _ACCUMULATE):
@@ -105,14 +105,6 @@ def ranked(draft: Draft, where: Topology, devices: Any = None) -> list[Ranked]:
     if not fitting:
         return sorted(found, key=lambda one: one.bytes)
     return sorted(fitting, key=lambda one: (round(one.ms, 3), one.trial.mesh["tensor"], one.trial.accumulate))
-
-
-def _lies(mesh: Mapping[str, int], devices: Any) -> bool:
-    try:
-        blueprints.device_mesh(mesh, devices)
-    except ConfigError:
-        return False
-    return True
 
 
 def _rank(draft: Draft, trial: Trial, made: Blueprint, jaxpr: Any, where: Topology) -> Ranked:
@@ -139,7 +131,7 @@ def compile_best(
     for one in trials[:SHOWN]:
         if len(fitting) == COMPILED:
             break
-        made = draft.on(blueprints.device_mesh(one.trial.mesh, devices), **one.trial.run)
+        made = draft.on(device_mesh(one.trial.mesh, devices), **one.trial.run)
         found = planning.compiled(made)
         flops = planning.count(planning.trace(made)) / where.count
         limits = planning.bounds(flops, found.traffic, planning.sent(found.collectives), where.chip)

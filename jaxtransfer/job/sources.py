@@ -1,17 +1,14 @@
 """From a configuration to its source, and where that is placed."""
 
-import dataclasses
-import math
 from functools import partial
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jaxtransfer.adapt.quantized import QuantizeError
-from jaxtransfer.config import Config, ConfigError
+from jaxtransfer.config import Config
 from jaxtransfer.job.adapting import quantize_error, quantized
-from jaxtransfer.parallel import make_mesh
+from jaxtransfer.job.meshes import make_mesh_of as make_mesh_of
 from jaxtransfer.parallel import sharding_rules as sharding_rules
 from jaxtransfer.source import SourceError, blank, load
 from jaxtransfer.tasks import Task
@@ -62,9 +59,10 @@ def check_head(source: Source, task: Task) -> None:
     head = source.model.head
     if not task.fresh_head and (head is None or head.kind != task.head.kind):
         ends = "has no head" if head is None else f"ends in a head for {head.kind}"
+        way = "; or take a fresh one, task.head: fresh" if task.name == "masked-lm" else ""
         raise SourceError(
             f"{source.lineage.ref}: {ends}; {task.name} goes on with the head of its source, which must be for "
-            f"{task.head.kind}"
+            f"{task.head.kind}{way}"
         )
     if not task.fresh_head and head is not None and head.labels != task.head.labels:
         raise SourceError(
@@ -76,19 +74,3 @@ def check_head(source: Source, task: Task) -> None:
 def placed(mesh: Mesh | None) -> dict[str, Any]:
     """Where a source is put, as keywords of `load`."""
     return {"mesh": mesh, "sharding": () if mesh is None else partial(sharding_rules, mesh)}
-
-
-def make_mesh_of(config: Config) -> Mesh | None:
-    """The mesh over the first devices; None for one device."""
-    shape = dataclasses.asdict(config.mesh)
-    count = math.prod(shape.values())
-    if jax.process_count() > 1 and count != jax.device_count():
-        raise ConfigError(
-            f"mesh: {shape} is of {count} devices, but the {jax.process_count()} processes have {jax.device_count()}; "
-            "make it as large", "mesh",
-        )  # fmt: skip
-    if count == 1:
-        return None
-    if count > jax.device_count():
-        raise ConfigError(f"mesh: {shape} needs {count} devices, there are {jax.device_count()}", "mesh")
-    return make_mesh(**shape, devices=jax.devices()[:count])

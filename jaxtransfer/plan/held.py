@@ -79,15 +79,25 @@ def blueprint(
     Raises:
       ValueError, TreeError, ShardingError: as `init_state`.
     """
+    state, frozen = placed_state(model, params, labels, tx, mesh=mesh, sharding=sharding)
+    rows = NamedSharding(mesh, P(BATCH_AXES))
+    laid = {name: _at(leaf, rows) for name, leaf in batch.items()}
+    return Blueprint(step, state, frozen, laid, flatten(labels), mesh)
+
+
+def placed_state(
+    model: Model, params: Params, labels: Any, tx: optax.GradientTransformation, *, mesh: Mesh, sharding: Rules
+) -> tuple[State, Params]:
+    """What `init_state` gives, as shapes with shardings; see `blueprint`.
+
+    Raises:
+      ValueError, TreeError, ShardingError: as `init_state`.
+    """
     state, frozen = jax.eval_shape(
         lambda params, key: init_state(model, params, labels, tx, key), params, jax.random.key(0)
     )
     rules = tuple(Rule(rule[0], rule[1], optional=True) for rule in sharding)
-    rows = NamedSharding(mesh, P(BATCH_AXES))
-    return Blueprint(
-        step, _at(state, places(state, mesh, sharding)), _at(frozen, shardings(frozen, mesh, rules)),
-        {name: _at(leaf, rows) for name, leaf in batch.items()}, flatten(labels), mesh,
-    )  # fmt: skip
+    return _at(state, places(state, mesh, sharding)), _at(frozen, shardings(frozen, mesh, rules))
 
 
 def _at(tree: Any, where: Any) -> Any:
