@@ -44,7 +44,7 @@ def job(monkeypatch):
 
         return call
 
-    names = ("run", "resume", "explain", "inspect", "evaluate", "predict", "complete", "export", "merge")
+    names = ("run", "resume", "explain", "inspect", "evaluate", "predict", "complete", "export", "merge", "zero_shot")
     room = SimpleNamespace(**{name: answer(name) for name in names}, task_of=lambda folder: result.task)
     monkeypatch.setattr(commands, "_job", lambda: room)
     return SimpleNamespace(calls=calls, result=result)
@@ -120,6 +120,19 @@ def test_predict_reads_a_file_and_standard_input(job, tmp_path, monkeypatch):
     assert [args[1] for _, args, _ in job.calls] == [["one", "two\x85still two"]] * 2
 
 
+def test_zero_shot_takes_labels_and_texts(job, tmp_path, capsys):
+    job.result.value = [{"text": "a", "label": "x y", "similarity": 0.5}]
+    (tmp_path / "texts").write_text("a\nb\n")
+    options = {"template": None, "multi_label": False, "revision": None}
+    assert cli.main(["zero-shot", "s", "--labels", "x y", "z", "--text", "a", "--text", "b"]) == 0
+    assert json.loads(capsys.readouterr().out) == job.result.value[0]
+    more = ["--file", str(tmp_path / "texts"), "--multi-label", "--template", "On {}."]
+    assert cli.main(["zero-shot", "s", "--labels", "x y", "z", *more]) == 0
+    called = ("s", ["a", "b"], ["x y", "z"])
+    changed = {**options, "template": "On {}.", "multi_label": True}
+    assert job.calls == [("zero_shot", called, options), ("zero_shot", called, changed)]
+
+
 def test_predict_takes_images_of_a_run_of_images(job, capsys):
     job.result.task, job.result.value = "image-classification", [{"image": "a.png", "label": "cat"}]
     assert cli.main(["predict", "runs/x", "--image", "a.png", "b.png"]) == 0
@@ -179,6 +192,8 @@ USAGE = {
     "predict x --image a.png b.png": "--image: x is a run of text-classification, which takes --text, --file or -",
     "predict x --text a --top-k 5": "--top-k: is for causal-lm, x is a run of text-classification",
     "predict x --text a --max-new-tokens many": "argument --max-new-tokens: invalid int value: 'many'",
+    "zero-shot x --labels a b": "one of the arguments --text --file is required",
+    "zero-shot x --text a": "the following arguments are required: --labels",
     "export x --format onnx": "invalid choice: 'onnx'",
     "inspect a --rules PLAIN": "has no adapt.rules",
 }

@@ -30,6 +30,7 @@ _CODES = {
     "QuantizeError": 4,
     "ResizeError": 4,
     "BlendError": 4,
+    "FewShotError": 4,
     "PeftError": 4,
     "CheckpointError": 4,
     "RunFolderError": 4,

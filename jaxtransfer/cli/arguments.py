@@ -83,6 +83,7 @@ def _add_commands(commands: Any) -> None:
     evaluate.add_argument("--data", metavar="PATH", help="a file with the columns of the run's test data")
 
     _add_predict(command)
+    _add_zero_shot(command)
 
     export = command("export", "Write the model of a run for others to load")
     export.add_argument("run", metavar="RUN", help="the folder of a finished run")
@@ -137,6 +138,18 @@ def _add_predict(command: Any) -> None:
     going.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     going.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens of this probability")
     going.add_argument("--seed", type=int, metavar="N", help="of the draws; by default 0")
+
+
+def _add_zero_shot(command: Any) -> None:
+    zero = command("zero-shot", "Classify texts by labels of which the source was shown no example")
+    zero.add_argument("ref", metavar="SOURCE", help="of natural-language inference, or an encoder of sentences")
+    zero.add_argument("--labels", nargs="+", metavar="LABEL", required=True, help="words, or descriptions")
+    inputs = zero.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--text", action="append", metavar="TEXT", help="a text; may be repeated")
+    inputs.add_argument("--file", metavar="PATH", help="UTF-8, a text on each line; - is standard input")
+    zero.add_argument("--template", metavar="WORDS", help="with {} for the label; to be entailed, 'This is {}.'")
+    zero.add_argument("--multi-label", action="store_true", help="a text may have any number of the labels")
+    zero.add_argument("--revision", help="of a hub id")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

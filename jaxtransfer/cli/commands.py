@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,14 @@ def predict(options: Namespace) -> None:
                 print(lines_and_tabs(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             print(flush=True)
         return
-    predictions = job.predict(folder, inputs)
-    if sys.stdout.isatty():
-        show(list(predictions), _console())
-        return
-    for prediction in predictions:
-        print(json.dumps(plain(prediction), ensure_ascii=False), flush=True)
+    _tell(job.predict(folder, inputs))
+
+
+def zero_shot(options: Namespace) -> None:
+    """Classify texts by labels that the source was shown no example of."""
+    texts = options.text or _lines(options.file)
+    how = {name: getattr(options, name) for name in ("template", "multi_label", "revision")}
+    _tell(_job().zero_shot(options.ref, texts, options.labels, **how))
 
 
 def export(options: Namespace) -> None:
@@ -114,6 +116,7 @@ COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "inspect": inspect,
     "evaluate": evaluate,
     "predict": predict,
+    "zero-shot": zero_shot,
     "export": export,
     "merge": merge,
     "resume": resume,
@@ -125,6 +128,15 @@ COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
 def _job() -> Any:
     """The room that does the work, and imports all that it needs, only once a command is understood."""
     return importlib.import_module("jaxtransfer.job")
+
+
+def _tell(predictions: Iterable[Mapping[str, Any]]) -> None:
+    """Predictions as a table at a terminal, as JSON lines elsewhere, each as it comes."""
+    if sys.stdout.isatty():
+        show(list(predictions), _console())
+        return
+    for prediction in predictions:
+        print(json.dumps(plain(prediction), ensure_ascii=False), flush=True)
 
 
 def _console() -> Any:

@@ -10,6 +10,7 @@ from jaxtransfer.job.finished import export as export
 from jaxtransfer.job.finished import merge as merge
 from jaxtransfer.job.finished import predict as predict
 from jaxtransfer.job.finished import task_of as task_of
+from jaxtransfer.job.labelling import zero_shot as zero_shot
 from jaxtransfer.job.launch import join as join
 from jaxtransfer.job.launch import launch as launch
 from jaxtransfer.job.planning import plan as plan
