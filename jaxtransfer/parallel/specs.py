@@ -1,6 +1,7 @@
 """Sharding by rules: path -> PartitionSpec on canonical paths; a stacked leaf gets an unsharded leading axis."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -117,7 +118,8 @@ def _named(mesh: Mesh, entries: Iterable[Any]) -> NamedSharding:
 def fsdp(tree: Any, mesh: Mesh, *, axis: str = "fsdp", min_size: int = 2**12) -> Rules:
     """The generic rule: each leaf's largest dimension that divides is split over ``axis``; small leaves stay whole.
 
-    An embedding is split by columns, if these divide: so a lookup needs no row that is elsewhere.
+    An embedding is split by columns, if these divide: so a lookup needs no row that is elsewhere. A packed weight is
+    split as one, all its parts along the largest dimension of its own along which they are whole blocks.
 
     Args:
       tree: canonical parameters, of any model.
@@ -125,16 +127,32 @@ def fsdp(tree: Any, mesh: Mesh, *, axis: str = "fsdp", min_size: int = 2**12) ->
       axis: its axis.
       min_size: leaves with fewer elements are replicated.
     """
-    parts = mesh.shape[axis]
-    rules = []
-    for path, leaf in flatten(tree).items():
-        shape = tuple(np.shape(leaf))
-        fits = [i for i, size in enumerate(shape) if size % parts == 0]
-        if parts > 1 and fits and int(np.prod(shape)) >= min_size:
-            table = path.endswith("/embedding") and len(shape) - 1 in fits
-            best = len(shape) - 1 if table else max(fits, key=lambda i: shape[i])
-            rules.append(Rule(_escape(path), P(*[axis if i == best else None for i in range(best + 1)]), optional=True))
+    count = mesh.shape[axis]
+    rules: list[Rule] = []
+    for path, leaf in flatten(tree, is_leaf=_packed).items():
+        shape = tuple(np.shape(leaf)) if not _packed(leaf) else leaf.shape
+        if count == 1 or math.prod(shape) < min_size:
+            continue
+        order = sorted(range(len(shape)), key=lambda i: -shape[i])
+        if path.endswith("/embedding"):
+            order = [len(shape) - 1, *order]
+        fits = (specs for i in order if (specs := _along(path, leaf, shape, i, axis, count)))
+        rules += [Rule(_escape(part), spec, optional=True) for part, spec in next(fits, {}).items()]
     return tuple(rules)
+
+
+def _packed(node: Any) -> bool:
+    return isinstance(node, Weight) and bool(node.whole_blocks)
+
+
+def _along(path: str, leaf: Any, shape: tuple[int, ...], split: int, axis: str, count: int) -> dict[str, P]:
+    """The specs of a leaf, or of a packed weight's parts, split along one dimension; none if that does not divide."""
+    axes = [axis if i == split else None for i in range(len(shape))]
+    if not _packed(leaf):
+        return {path: P(*axes[: split + 1])} if shape[split] % count == 0 else {}
+    specs = leaf.specs(axes)
+    sizes = [n for name, spec in specs.items() for n, own in zip(getattr(leaf, name).shape, spec, strict=False) if own]
+    return {f"{path}@{name}": spec for name, spec in specs.items()} if all(n % count == 0 for n in sizes) else {}
 
 
 def _escape(path: str) -> str:

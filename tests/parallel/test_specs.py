@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtransfer.adapt.adapter_types import LoRA
+from jaxtransfer.adapt.quantized_types import int8, nf4
 from jaxtransfer.models import family
 from jaxtransfer.optim import OPTIMIZERS, Group
 from jaxtransfer.parallel import ShardingError, fsdp, make_mesh, place, shardings, state_shardings
@@ -76,6 +78,34 @@ def test_fsdp_splits_the_largest_dimension_that_divides(devices):
         "b.c/(x)": P("fsdp"),
     }
     assert fsdp(params, make_mesh(data=8)) == ()
+
+
+def test_the_parts_of_a_packed_weight_are_split_as_one():
+    weight = jax.ShapeDtypeStruct((256, 64), jnp.float32)
+    tree = {"up": {"kernel": jax.eval_shape(nf4, weight)}, "down": {"kernel": jax.eval_shape(int8, weight)}}
+    tree["lora"] = {"kernel": LoRA(tree["up"]["kernel"], np.zeros((256, 4)), np.zeros((4, 64)), np.ones(()))}
+
+    def found(count):
+        rules = fsdp(tree, AbstractMesh((count,), ("fsdp",)), min_size=16)
+        return {
+            path: spec
+            for path, spec in flatten(match(rules, tree, default="whole")).items()
+            if "scale" not in path[-5:]
+        }
+
+    rows, parts = P("fsdp", None), ("codes", "scales", "spread", "centre")
+    four = found(4)
+    assert (
+        {four[f"up/kernel@{part}"] for part in parts} == {four[f"lora/kernel@base@{part}"] for part in parts} == {rows}
+    )
+    assert (
+        four["down/kernel@q"] == rows
+        and four["lora/kernel@a"] == P("fsdp")
+        and four["lora/kernel@b"] == P(None, "fsdp")
+    )
+    # Four blocks of inputs and one group of outputs: neither divides by eight. An adapter is split by itself.
+    eight = found(8)
+    assert {eight[f"up/kernel@{part}"] for part in parts} == {"whole"} and eight["lora/kernel@a"] == P("fsdp")
 
 
 def test_tensor_rules_of_bert(mesh):
