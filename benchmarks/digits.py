@@ -5,7 +5,7 @@ USPS: 7,291 and 2,007 digits of 16 x 16. One small network, optimizer, number of
 term has its paper's weight, or the one named below. No target label is seen before the test, and nothing is chosen by
 one: each run is measured once, at its last step. SHOT starts from the network of the source alone, and sees no source.
 
-Usage: python benchmarks/digits.py [--steps 800] [--seeds 3] [--only NAME ...] [--results FILE] [--write docs/digits.svg]
+Usage: python benchmarks/digits.py [--steps 800] [--seeds 3] [--only NAME ...] [--results FILE]
 
 Needs the data sets (``JAXTRANSFER_DATA``).
 """

@@ -256,8 +256,8 @@ def feature_distillation(layers: Sequence[str], *, weight: float | Schedule = 0.
 def co_tuning(layer: str, *, weight: float | Schedule = 2.3) -> Term:
     """`distillation.soft_cross_entropy` of the source's own head, ``aux/co_tuning``, to its classes given the labels.
 
-    You et al. 2020. ``constants["relation"]`` (C, Z) is `distillation.class_relation`; the head, linear on the features at
-    ``layer``, is ``kernel`` (d, Z) and ``bias`` (Z,), put among the parameters by whoever composes the run.
+    You et al. 2020. ``constants["relation"]`` (C, Z) is `distillation.class_relation`; the head, linear on the features
+    at ``layer``, is ``kernel`` (d, Z) and ``bias`` (Z,), put among the parameters by whoever composes the run.
     """
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
