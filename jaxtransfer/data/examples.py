@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,17 @@ class Lazy(Protocol):
 
     @property
     def padding(self) -> Mapping[str, np.ndarray]:
-        """The fields of a padding row; all rows have their shapes and dtypes."""
+        """The fields of a padding row; all rows have their dtypes and shapes, ragged ones but for the first axis."""
+        ...
+
+    @property
+    def ragged(self) -> Collection[str]:
+        """The fields of one row a token, (T_i, ...), which are padded with zeros to the length of their batch."""
+        ...
+
+    @property
+    def random(self) -> bool:
+        """Whether the rows of an example differ from key to key."""
         ...
 
     def __len__(self) -> int:
@@ -119,5 +129,15 @@ def collate(
         out[name][~real] = 0
     if (lazy := examples.lazy) is not None:
         made = [lazy(int(i), key) if i >= 0 else lazy.padding for i in (index if shown is None else shown)]
-        out |= {name: np.stack([row[name] for row in made]) for name in lazy.padding}
+        for name in lazy.padding:
+            rows = [row[name] for row in made]
+            out[name] = _padded(rows, length) if name in lazy.ragged else np.stack(rows)
     return out | {"weight": real.astype(np.float32), "index": index.astype(np.int32)}
+
+
+def _padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Rows (T_i, ...) as one block (B, T, ...), zeros behind them."""
+    block = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
+    for row, values in zip(block, rows, strict=True):
+        row[: len(values)] = values
+    return block

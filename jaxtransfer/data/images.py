@@ -41,8 +41,15 @@ class Images:
     augment: Augment | None
     contents: str
 
+    ragged = ()
+
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def random(self) -> bool:
+        """Whether training varies them."""
+        return self.augment is not None
 
     @property
     def padding(self) -> Mapping[str, np.ndarray]:

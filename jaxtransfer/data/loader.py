@@ -112,6 +112,11 @@ class Loader:
         key, shown = (self._schedule.seed, epoch), repeated(index)
         return collate(self.examples, index[self._rows], length, key, shown[self._rows])
 
+    def members(self, position: int) -> np.ndarray:
+        """The examples of this process's rows of the batch at a position, -1 on padding rows; nothing is made."""
+        epoch, step = divmod(position, self.steps_per_epoch)
+        return self._plan(epoch)[step][1][self._rows]
+
     def __iter__(self) -> "Loader":
         if self._finished:
             self._iterator, self._finished = self._start(), False

@@ -137,7 +137,7 @@ def apply(
     constrain: Callable[[jax.Array], jax.Array] | None = None,
     also: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Runs the whole model.
+    """Runs the whole model, or what follows ``model.start`` of it.
 
     Args:
       params: canonical (every layer traced) or laid out (stacks scanned).
@@ -160,11 +160,14 @@ def apply(
     """
     if surplus := _surplus(model, params):
         raise TreeError(f"no stage of the model owns or reads {', '.join(surplus[:8])} ({len(surplus)} leaves in all)")
-    if cache is not None and model.cache is None:
-        raise ValueError(f"cache: a {model.family} model does not decode")
-    given = dict(batch) if cache is None else {**batch, CACHE: cache}
+    if cache is not None and (model.cache is None or model.start is not None):
+        why = "does not decode" if model.cache is None else "that starts behind its embedding does not decode"
+        raise ValueError(f"cache: a {model.family} model {why}")
+    given, start = dict(batch) if cache is None else {**batch, CACHE: cache}, None
+    if model.start is not None:
+        start, given = model.start[0], model.start[1](params, given)
     carry = run_span(
-        model, params, given, None, None, train=train, key=key, capture=capture, remat=remat, dtype=dtype,
+        model, params, given, start, None, train=train, key=key, capture=capture, remat=remat, dtype=dtype,
         constrain=constrain,
     )  # fmt: skip
     outputs = {name: carry[entry] for entry, name in model.outputs.items() if entry in carry}
