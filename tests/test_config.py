@@ -182,7 +182,7 @@ WRONG = {
     "optimizer": ("optimizer.name: adam", "optimizer.name: expected one of adamw, sgd"),
     "kind": (
         "task.kind: {a: 1}",
-        "task.kind: expected one of text-classification, causal-lm, image-classification, got a mapping",
+        "task.kind: expected one of text-classification, causal-lm, masked-lm, image-classification, got a mapping",
     ),
     "missing": ("source: {}", "source.ref: missing; expected text"),
     "missing path": ("data.train: {}", "data.train.path: missing; expected text"),
@@ -202,7 +202,7 @@ WRONG = {
     "buckets": ("data.buckets: [128, 64]", "data.buckets: must be increasing lengths, got [128, 64]"),
     "no buckets": ("data.buckets: []", "data.buckets: must be increasing lengths, got []"),
     "last bucket": ("data.buckets: [32, 64]", "data.buckets: must end with task.max_length, 128; got 64"),
-    "other task": ("task: {kind: gpt}", "task.kind: expected one of text-classification, causal-lm, image"),
+    "other task": ("task: {kind: gpt}", "task.kind: expected one of text-classification, causal-lm, masked-lm, image"),
     "other task's option": (
         "task.packing: true",
         "task.packing: is not read by text-classification, but by causal-lm",
@@ -514,7 +514,10 @@ def strategy(kind):
 
 
 SPECIAL = {
-    **{(kind, "max_length"): st.just(128) for kind in (config.TextClassificationConfig, config.CausalLMConfig)},
+    **{
+        (kind, "max_length"): st.just(128)
+        for kind in (config.TextClassificationConfig, config.CausalLMConfig, config.MaskedLMConfig)
+    },
     **{
         (kind, "labels"): none | st.lists(texts, min_size=2, max_size=3, unique=True)
         for kind in (config.TextClassificationConfig, config.ImageClassificationConfig)

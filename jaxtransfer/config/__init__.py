@@ -18,5 +18,6 @@ from jaxtransfer.config.schema import SourceConfig as SourceConfig
 from jaxtransfer.config.schema import StudyConfig as StudyConfig
 from jaxtransfer.config.tasks import CausalLMConfig as CausalLMConfig
 from jaxtransfer.config.tasks import ImageClassificationConfig as ImageClassificationConfig
+from jaxtransfer.config.tasks import MaskedLMConfig as MaskedLMConfig
 from jaxtransfer.config.tasks import TaskConfig as TaskConfig
 from jaxtransfer.config.tasks import TextClassificationConfig as TextClassificationConfig

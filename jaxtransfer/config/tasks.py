@@ -64,6 +64,26 @@ class CausalLMConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLMConfig:
+    """Hidden tokens of a text, from all around them: continued pre-training.
+
+    Attributes:
+      max_length: tokens that a row reads; longer texts are split.
+      mask_rate: the share of them that has to be named, in (0, 1).
+      head: the source's own, or a fresh one for a source that has none for masked tokens.
+    """
+
+    kind: Literal["masked-lm"]
+    max_length: int = 128
+    mask_rate: float = 0.15
+    head: Literal["fresh", "source"] = "source"
+
+    def __post_init__(self) -> None:
+        at_least(self, 3, "max_length")
+        check(0 < self.mask_rate < 1, "mask_rate", "in (0, 1)", self.mask_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageClassificationConfig:
     """One label for each image, or any number of them.
 
@@ -106,7 +126,7 @@ class ImageClassificationConfig:
         _check_labels(self)
 
 
-TaskConfig = TextClassificationConfig | CausalLMConfig | ImageClassificationConfig
+TaskConfig = TextClassificationConfig | CausalLMConfig | MaskedLMConfig | ImageClassificationConfig
 
 
 def _check_labels(record: Any) -> None:

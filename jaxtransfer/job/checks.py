@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtransfer.adapt import heads
-from jaxtransfer.config import Config, ConfigError, MeshConfig
+from jaxtransfer.config import Config, ConfigError, MaskedLMConfig, MeshConfig
 from jaxtransfer.config.decode import nearest
 from jaxtransfer.data.dataset import DataError, Dataset
 from jaxtransfer.data.loader import Examples
@@ -29,6 +29,9 @@ def check_task(config: Config, task: Task) -> None:
         near = nearest(metric, task.metric_names)
         known = ", ".join(task.metric_names)
         raise ConfigError(f"run.metric: {task.name} is not measured by {metric!r}{near}; known: {known}", "run.metric")
+    if config.data.replay is not None and isinstance(config.task, MaskedLMConfig):
+        told = "data.replay: masked-lm hides tokens of the training data alone; read both as one, by a pattern of paths"
+        raise ConfigError(told, "data.replay")
     if config.data.retain is not None and task.fresh_head:
         raise ConfigError(
             f"data.retain: {task.name} puts a fresh head on its source, so there is no measure from before; it is for "

@@ -68,7 +68,9 @@ def predict(folder: Path, inputs: Sequence[str]) -> Iterator[dict[str, Any]]:
         config = dataclasses.replace(config, task=dataclasses.replace(config.task, on_bad="stop"))
     task = _task(config, source)
     if task.decode is None:
-        raise ValueError(f"{folder}: a {task.name} model goes on with texts, it predicts no labels; see complete")
+        told = "goes on with texts, it predicts no labels; see complete"
+        told = told if task.name == "causal-lm" else "predicts no labels; it is a source for a task that does"
+        raise ValueError(f"{folder}: a {task.name} model {told}")
     column = task.columns[0]
     values = [Path(given) if column == "image" else given for given in inputs]
     dataset = from_records([{column: value} for value in values], f"{column}s")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtransfer.config import CausalLMConfig, Config, ConfigError, ImageClassificationConfig
+from jaxtransfer.config import CausalLMConfig, Config, ConfigError, ImageClassificationConfig, MaskedLMConfig
 from jaxtransfer.data.examples import Examples, collate
 from jaxtransfer.data.images import Images
 from jaxtransfer.data.packing import pack
@@ -36,6 +36,9 @@ def batch_of(config: Config, task: Task, trunk: Source) -> Shapes:
 
 def _texts(how: Any, length: int, one: np.ndarray) -> Examples:
     tokens = np.zeros(length, np.int32)
+    if isinstance(how, MaskedLMConfig):
+        whole = {"mask_token": one, "vocabulary": one, "document": one}
+        return Examples(ragged={"input_ids": [tokens], "targets": [tokens]}, fixed=whole)
     if not isinstance(how, CausalLMConfig):
         return Examples(ragged={"input_ids": [tokens]}, fixed={"labels": one})
     fields = {"input_ids": [tokens], "labels": [tokens]}

@@ -17,9 +17,10 @@ _NAMES = {
     "sensitivity_at_90": "sensitivity at 90% specificity",
 }
 _NEXT = {
-    "text-classification": '--text "a sentence of your own"',
-    "causal-lm": '--text "a beginning of your own"',
-    "image-classification": "--image your.png",
+    "text-classification": 'predict {out} --text "a sentence of your own"',
+    "causal-lm": 'predict {out} --text "a beginning of your own"',
+    "masked-lm": "run CONFIG --source.ref {model}",
+    "image-classification": "predict {out} --image your.png",
 }
 
 
@@ -44,7 +45,9 @@ def of(page: Mapping[str, Any], report: Path, out: Path) -> dict[str, Any]:
         values = " -> ".join(number(name, forgot[when][name]["value"]) for when in ("before", "after"))
         said["on the source's data"] = f"{values} of {_named(name)}"
     said |= {"report": str(report), "model": page["run"]["export"]}
-    return {**said, "try it": f"jaxtransfer predict {out} {_NEXT[page['task']]}"}
+    model = Path(page["run"]["export"])
+    model = model if model.name == "model" else out / "merged"  # adapters are no source before they are merged
+    return {**said, "try it": f"jaxtransfer {_NEXT[page['task']].format(out=out, model=model)}"}
 
 
 def final(page: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -9,10 +9,11 @@ from jaxtransfer.config import (
     Config,
     ConfigError,
     ImageClassificationConfig,
+    MaskedLMConfig,
     TextClassificationConfig,
 )
 from jaxtransfer.data.dataset import DataError, Dataset
-from jaxtransfer.tasks import Task, causal_lm, image_classification, text_classification
+from jaxtransfer.tasks import Task, causal_lm, image_classification, masked_lm, text_classification
 
 
 def columns_of(config: Config) -> tuple[str, ...]:
@@ -20,6 +21,8 @@ def columns_of(config: Config) -> tuple[str, ...]:
     task = config.task
     if isinstance(task, CausalLMConfig):
         return _causal(task).columns
+    if isinstance(task, MaskedLMConfig):
+        return ("text",)
     return ("text" if isinstance(task, TextClassificationConfig) else "image", "label")
 
 
@@ -39,6 +42,10 @@ def make_task(config: Config, train: Dataset | None, labels: Sequence[str] = ())
     try:
         if isinstance(task, CausalLMConfig):
             return _causal(task)
+        if isinstance(task, MaskedLMConfig):
+            return masked_lm(
+                max_length=task.max_length, mask_rate=task.mask_rate, fresh_head=task.head == "fresh"
+            )  # fmt: skip
         classes = tuple(labels) or task.labels or _classes(config, train)
         if isinstance(task, TextClassificationConfig):
             return text_classification(

@@ -1,4 +1,4 @@
-"""Gradual self-training over domains that drift: each is labelled by the model of the one before (Kumar et al. 2020)."""
+"""Gradual self-training: of domains that drift, each is labelled by the model of the one before."""
 
 import math
 from collections.abc import Callable, Iterable

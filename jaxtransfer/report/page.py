@@ -27,7 +27,7 @@ KEYS = (
     "title task labels verdict study curve forgetting before curves groups metrics roc subgroups confusion wrong "
     "lineage run config"
 ).split()
-GENERATIVE = {"causal-lm"}
+GENERATIVE = {"causal-lm", "masked-lm"}
 """Tasks whose answers are neither right nor wrong."""
 
 

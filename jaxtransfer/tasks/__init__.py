@@ -2,6 +2,7 @@
 
 from jaxtransfer.tasks.causal_lm import causal_lm as causal_lm
 from jaxtransfer.tasks.image_classification import image_classification as image_classification
+from jaxtransfer.tasks.masked_lm import masked_lm as masked_lm
 from jaxtransfer.tasks.metrics import Metric as Metric
 from jaxtransfer.tasks.metrics import collect as collect
 from jaxtransfer.tasks.metrics import confusion as confusion

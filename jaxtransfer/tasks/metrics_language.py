@@ -28,14 +28,44 @@ def language(observed: Mapping[str, np.ndarray]) -> dict[str, Metric]:
       >>> {name: round(metric.value, 6) for name, metric in found.items()}
       {'loss': 1.386294, 'perplexity': 4.0, 'bits_per_byte': 1.0}
     """
+    nll, tokens, size = _by_document(observed, "nll", "tokens", "bytes")
+    return _loss(nll, tokens) | {"bits_per_byte": bootstrap_mean(nll / math.log(2) / size, size)}
+
+
+def masked_language(observed: Mapping[str, np.ndarray]) -> dict[str, Metric]:
+    """Loss in nats a hidden token, its exponential, and the share of hidden tokens that are named.
+
+    ``loss = sum nll / sum tokens``, ``perplexity = exp(loss)``, ``accuracy = sum hits / sum tokens``. The intervals are
+    those of a bootstrap over documents.
+
+    Args:
+      observed: by row, (N,) each: ``nll``, ``tokens`` and ``document`` as `language` has them, of the hidden tokens;
+        ``hits``, how many of these are the likeliest.
+
+    Raises:
+      ValueError: no targets at all.
+
+    Example:
+      >>> rows = {"nll": np.log([2.0**8, 2.0**8]), "tokens": np.array([4, 4]), "hits": np.array([1, 2])}
+      >>> found = masked_language({**rows, "document": np.array([0, 1])})
+      >>> {name: round(metric.value, 6) for name, metric in found.items()}
+      {'loss': 1.386294, 'perplexity': 4.0, 'accuracy': 0.375}
+    """
+    nll, tokens, hits = _by_document(observed, "nll", "tokens", "hits")
+    return _loss(nll, tokens) | {"accuracy": bootstrap_mean(hits / tokens, tokens)}
+
+
+def _by_document(observed: Mapping[str, np.ndarray], *names: str) -> list[np.ndarray]:
+    """Sums over the rows of each document that has targets."""
     _, document = np.unique(observed["document"], return_inverse=True)
-    nll, tokens, size = (np.bincount(document, np.asarray(observed[name])) for name in ("nll", "tokens", "bytes"))
-    some = tokens > 0
+    some = np.bincount(document, np.asarray(observed["tokens"])) > 0
     if not some.any():
         raise ValueError("metrics: no token counts, so there is no loss")
-    nll, tokens, size = nll[some], tokens[some], size[some]
+    return [np.bincount(document, np.asarray(observed[name]))[some] for name in names]
+
+
+def _loss(nll: np.ndarray, tokens: np.ndarray) -> dict[str, Metric]:
     loss = bootstrap_mean(nll / tokens, tokens)
     with np.errstate(over="ignore"):  # of a diverged model
         low, value, high = map(float, np.exp([loss.low, loss.value, loss.high]))
-    bits = bootstrap_mean(nll / math.log(2) / size, size)
-    return {"loss": loss, "perplexity": Metric(value, low, high, loss.n), "bits_per_byte": bits}
+    return {"loss": loss, "perplexity": Metric(value, low, high, loss.n)}
