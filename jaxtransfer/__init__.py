@@ -1,5 +1,7 @@
 """Adapt a pre-trained checkpoint with pure functions over a parameter pytree, and know whether the transfer helped."""
 
+from jaxtransfer import fewshot as fewshot
+from jaxtransfer import probes as probes
 from jaxtransfer import scores as scores
 from jaxtransfer.adapt import adapters as adapters
 from jaxtransfer.adapt import attach as attach
