@@ -2,13 +2,17 @@
 
 BERT-L6-H384, batch 16 x 128, float32, dropout 0.1, AdamW with clipping; the head trains besides. Leaf types stand
 on all six kernels of a block (rank 8; VeRA 256), (IA)3 on keys, values and the MLP's second, the rest as METHODS says.
-rsLoRA is LoRA's program with another number. PEFT has no bottlenecks, and bitsandbytes no 4 or 8 bits on a CPU.
+rsLoRA is LoRA's program with another number. PEFT has no bottlenecks, and bitsandbytes no 4 or 8 bits on a CPU. Full
+fine-tuning is there for comparison.
 
-Of each: step time, arguments and temporaries by XLA's ``memory_analysis`` of the same compiled programs, FLOPs of the
-unrolled step of two blocks over the matrix products that cannot be avoided (no weight gradients of frozen leaves), the
-bytes that train, a checkpoint over these and the optimizer's, and the bytes of what is frozen.
+Of each: step time by the wall and by the processor's seconds of all threads, which others on the machine disturb less;
+arguments and temporaries by XLA's ``memory_analysis`` of the same compiled programs; FLOPs of the unrolled step of two
+blocks, and over the matrix products that cannot be avoided (no weight gradients of frozen leaves); the bytes that
+train, a checkpoint over these and the optimizer's, and the bytes of what is frozen.
 
-Usage: python benchmarks/adapters.py [--rounds 7] [--no-torch] [--only lora,dora] [--llama]
+Usage: python benchmarks/adapters.py [--rounds 7] [--no-torch] [--only lora,dora]
+
+With ``--rounds 0`` nothing is timed.
 
 Binding: at most 1.05 x the plain step in time, temporaries and FLOPs, a checkpoint of at most 1.05 x what trains with
 its optimizer, at most 0.56 byte a parameter under QLoRA, and faster than torch PEFT.
@@ -18,7 +22,9 @@ import argparse
 import dataclasses
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -59,6 +65,7 @@ def _ia3(src):
 
 
 METHODS: dict[str, Callable] = {
+    "full": lambda src: src,
     "lora": _attached(attaching.lora(RANK, alpha=ALPHA)),
     "dora": _attached(attaching.dora(RANK, alpha=ALPHA)),
     "ia3": _ia3,
@@ -90,7 +97,7 @@ class Program:
 
 def recipe(method, model):
     """What trains."""
-    return groups.biases(model) if method == "bitfit" else groups.adapters(model)
+    return {"full": groups.full, "bitfit": groups.biases}.get(method, groups.adapters)(model)
 
 
 def adapted(method, layers=LAYERS, **config):
@@ -138,8 +145,8 @@ def apart(method, src, labels, mine, data):
     return float(abs(ours - theirs).max() / abs(theirs).max())
 
 
-def flops_ratio(method, data, layers=2):
-    """FLOPs of the library's step with every layer traced, over `minimum_flops`.
+def flops(method, data, layers=2):
+    """FLOPs of the library's step with every layer traced.
 
     Without dropout: to draw its masks is no matrix product, and XLA counts every integer operation of it.
     """
@@ -149,11 +156,10 @@ def flops_ratio(method, data, layers=2):
     trained, frozen = partition(src.params, lambda path: by_path[path] != FROZEN)
     nothing = partition(src.params, lambda _: False)[0]
     state = State(jax.numpy.zeros((), "int32"), trained, nothing, tx.init(trained), jax.random.key(2), {})
-    flops = step.lower(state, frozen, data).compile().cost_analysis()["flops"]
-    return flops / minimum_flops(method, layers)
+    return step.lower(state, frozen, data).compile().cost_analysis()["flops"]
 
 
-def minimum_flops(method, layers):
+def minimum_flops(method, layers=2):
     """Matrix products that cannot be avoided: forward of all, gradients of inputs, and of the method's own weights.
 
     What lies before the lowest trained leaf needs no gradient.
@@ -167,6 +173,8 @@ def minimum_flops(method, layers):
     forward = layers * (4 * dense + 2 * inner + 2 * scores) + pooler + head
     backward = layers * (4 * dense + 2 * inner + 4 * scores) + pooler + 2 * head
     sides = 4 * 2 * HIDDEN + 2 * (HIDDEN + INNER)
+    if method == "full":  # every weight's gradient is as much as its product; the embedding's is a sum
+        return forward + backward + layers * (4 * dense + 2 * inner) + pooler
     low = 2 * tokens * RANK * sides
     if method in ("lora", "dora", "qlora", "int8"):
         forward, backward = forward + layers * low, backward + 2 * layers * low - 3 * dense - 6 * tokens * RANK * HIDDEN
@@ -239,7 +247,9 @@ def torch_step(method, data):
         intermediate_size=INNER, num_labels=2,
     )  # fmt: skip
     model = transformers.BertForSequenceClassification(config).train()
-    if method == "bitfit":
+    if method == "full":
+        pass
+    elif method == "bitfit":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias") or name.startswith("classifier"))
     elif (own := peft_config(method)) is not None:
@@ -259,24 +269,41 @@ def row(method, data, rounds, with_torch):
     runners = {"ours": mine.run, "plain": theirs.run}
     if with_torch and (run := torch_step(method, data)):
         runners["torch"] = run
-    times = interleaved(runners, rounds)
-    middle = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    ratio = {name: [a / b for a, b in zip(times[name], times["ours"], strict=True)] for name in times}
-    cells = [f"{middle['ours']:.0f}", f"{middle['plain']:.0f}", f"{1 / statistics.median(ratio['plain']):.3f}"]
-    cells += [f"{middle['torch']:.0f}", f"{statistics.median(ratio['torch']):.2f}"] if "torch" in times else ["-", "-"]
+    cells = timed(runners, rounds) if rounds else ["-"] * 6
     for a, b in zip(mine.megabytes, theirs.megabytes, strict=True):
         cells += [f"{a:.1f}", f"{b:.1f}", f"{a / b:.3f}"]
-    cells.append(f"{flops_ratio(method, data):.3f}")
+    found = flops(method, data)
+    cells += [f"{found / 1e9:.1f}", f"{found / minimum_flops(method):.3f}"]
     over, own, frozen = stored(src, mine)
     cells += [f"{own / 1e3:,.0f}", f"{over:.3f}", f"{frozen / 1e6:.1f}"]
     cells.append(f"{bytes_a_parameter(src):.3f}" if method in ("qlora", "int8") else "4")
     return [*cells, f"{apart(method, src, labels, mine, data):.0e}"]
 
 
+def timed(runners, rounds):
+    """Milliseconds and ratios by the wall, and ours over plain by the processor's seconds; medians, pair by pair."""
+    spent = {name: [] for name in runners}
+
+    def counted(name):
+        began = time.process_time()
+        runners[name]()
+        spent[name].append(time.process_time() - began)
+
+    times = interleaved({name: partial(counted, name) for name in runners}, rounds)
+    middle = {name: f"{1e3 * statistics.median(values):.0f}" for name, values in times.items()}
+
+    def ratio(of, a, b):
+        return statistics.median(x / y for x, y in zip(of[a][-rounds:], of[b][-rounds:], strict=True))
+
+    cells = [middle["ours"], middle["plain"]]
+    cells += [f"{ratio(of, 'ours', 'plain'):.3f}" for of in (times, spent)]
+    return [*cells, middle["torch"], f"{ratio(times, 'torch', 'ours'):.2f}"] if "torch" in times else [*cells, "-", "-"]
+
+
 COLUMNS = (
-    "method", "ours ms", "plain ms", "ours/plain", "PEFT ms", "PEFT/ours", "arguments MB", "plain", "ratio",
-    "temporaries MB", "plain", "ratio", "FLOPs/minimum", "trained kB", "checkpoint/(trained + optimizer)", "frozen MB",
-    "bytes a kernel's parameter", "apart",
+    "method", "ours ms", "plain ms", "ours/plain", "by the processor", "PEFT ms", "PEFT/ours", "arguments MB", "plain",
+    "ratio", "temporaries MB", "plain", "ratio", "GFLOP, two blocks", "over the minimum", "trained kB",
+    "checkpoint/(trained + optimizer)", "frozen MB", "bytes a kernel's parameter", "apart",
 )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def shared_vera(frozen):
 LINEARS = {
     "lora": lambda _: lora, "dora": lambda _: dora, "ia3": lambda _: ia3, "vera": shared_vera,
     "qlora": lambda _: partial(quantized_lora, nf4), "int8": lambda _: partial(quantized_lora, int8),
-    "bottleneck": None, "prompt": None, "prefix": None, "bitfit": None,
+    "full": None, "bottleneck": None, "prompt": None, "prefix": None, "bitfit": None,
 }  # fmt: skip
 """Method -> ``linear(frozen) -> dense``, as `plain_bert.make_step` takes it."""
 
@@ -86,7 +86,7 @@ def split(params, labels):
     whole = {**whole, "high": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
     marks = {**marks, "high": marks["blocks"]["0"]}
     del whole["blocks"], marks["blocks"]
-    return _kept(whole, marks, True), _kept(whole, marks, False)
+    return _kept(whole, marks, True), _kept(whole, marks, False) or {}
 
 
 def _parts(node):

@@ -17,6 +17,7 @@ from jaxtransfer.adapt import untie as untie
 from jaxtransfer.checkpoint import Checkpointer as Checkpointer
 from jaxtransfer.checkpoint import restore as restore
 from jaxtransfer.checkpoint import save as save
+from jaxtransfer.features import extract as extract
 from jaxtransfer.generation import generate as generate
 from jaxtransfer.models import apply as apply
 from jaxtransfer.models import from_equinox as from_equinox
@@ -30,6 +31,7 @@ from jaxtransfer.optim import explain as explain
 from jaxtransfer.optim import optimizer as optimizer
 from jaxtransfer.parallel import make_mesh as make_mesh
 from jaxtransfer.parallel import place as place
+from jaxtransfer.phases import next_phase as next_phase
 from jaxtransfer.run import fit as fit
 from jaxtransfer.source import export as export
 from jaxtransfer.source import load as load
@@ -38,6 +40,7 @@ from jaxtransfer.step import init_state as init_state
 from jaxtransfer.step import make_eval as make_eval
 from jaxtransfer.step import make_step as make_step
 from jaxtransfer.step import params_of as params_of
+from jaxtransfer.sweeps import sweep as sweep
 from jaxtransfer.tree import combine as combine
 from jaxtransfer.tree import layout as layout
 from jaxtransfer.tree import match as match

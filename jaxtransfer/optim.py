@@ -121,6 +121,7 @@ def optimizer(
     clip: float | None = None,
     no_decay: Rules = NO_DECAY,
     scales: Mapping[str, float] | None = None,
+    traced: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """One transformation for the trainable partition: every label's leaves by its group's optimizer.
 
@@ -132,6 +133,8 @@ def optimizer(
       clip: the gradients' global norm over all trainable leaves is clipped to it, before anything else.
       no_decay: path -> whether weight decay applies.
       scales: canonical path -> factor on the learning rate (`groups.layerwise_decay`).
+      traced: each group's rate and weight decay are part of the state, as which `sweep` lets them differ: the update of
+        one serves the states of others that differ in these alone.
 
     Raises:
       GroupError: a label without a group, a group without leaves, an unknown optimizer, a bad schedule, or a leaf
@@ -151,7 +154,8 @@ def optimizer(
         return map_with_path(lambda path, _: by_path[layers_of(path)[0]], tree)
 
     chain: list[optax.GradientTransformation] = [] if clip is None else [_clip(clip)]
-    chain.append(optax.multi_transform({name: _transform(group, mask) for name, group in groups.items()}, label))
+    make = _injected if traced else _transform
+    chain.append(optax.multi_transform({name: make(group, mask) for name, group in groups.items()}, label))
     if scales is not None:
         chain.append(_scale_by_path(scales))
     return _lenient(optax.chain(*chain))
@@ -201,6 +205,15 @@ def _transform(group: Group, mask: Mask) -> optax.GradientTransformation:
     make, elementwise = OPTIMIZERS[group.optimizer]
     tx = make(group, schedule(group), mask)
     return tx if elementwise else layer_by_layer(tx)
+
+
+def _injected(group: Group, mask: Mask) -> optax.GradientTransformation:
+    """As `_transform`, by a rate and a weight decay that are found in the state, where ``init`` puts the group's."""
+
+    def make(lr: Any, weight_decay: Any) -> optax.GradientTransformation:
+        return _transform(dataclasses.replace(group, lr=lr, weight_decay=weight_decay), mask)
+
+    return optax.inject_hyperparams(make)(float(group.lr), float(group.weight_decay))
 
 
 def layer_by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:

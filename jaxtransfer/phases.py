@@ -140,8 +140,8 @@ def apart(labels: Any, before: Any) -> tuple[Any, dict[str, str]]:
         free = (name for n in itertools.count(2) if (name := f"{label}_{n}") not in classes and name not in ages)
         eldest = label if label in ages else next((age for age in ages if age), None)
         for age in ages:
-            own = age is not None and re.fullmatch(rf"{re.escape(label)}_\d+", age)
-            names[label, age] = label if age == eldest else age if own else next(free)
+            own = re.fullmatch(rf"{re.escape(label)}_\d+", age or "")
+            names[label, age] = label if age == eldest else own[0] if own else next(free)
     new = map_with_path(lambda path, label: names.get((label, _trained(old.get(path))), label), labels)
     return new, dict(sorted((name, label) for (label, _), name in names.items()))
 

@@ -263,7 +263,7 @@ def test_every_error_of_the_package_has_a_code_or_a_reason():
         "RecordError": "a record that the package wrote",
         "ReportError": "an OSError: the disk",
         "ForeignError": "for models handed over in Python",
-        "ScoreError": "for features handed over in Python",
+        "SweepError": "for states handed over in Python",
     }
     found = {
         node.name

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtransfer import config
-from jaxtransfer.config import ConfigError, adapters, document, optimizers, schema
+from jaxtransfer.config import ConfigError, adapters, document, objectives, optimizers, schema
 from jaxtransfer.config.secrets import redact
 from jaxtransfer.data.augment import Augment
 from jaxtransfer.data.sources import DataSpec
@@ -430,7 +430,7 @@ CROSSED = {
     "scratch twice": ({"source": {"ref": "a", "init": "scratch"}, "pretrain": PART}, "pretrain: needs a source with"),
     "retain before": (
         {"pretrain": {**PART, "data": {"train": {"path": "x"}, "retain": {"path": "y"}}}},
-        "pretrain.data.retain: what is trained from scratch has nothing to forget",
+        "pretrain.data.retain: what is trained from scratch has no domain before it",
     ),
     "pretraining's buckets": (
         {"pretrain": {**PART, "data": {"train": {"path": "x"}, "buckets": [8]}}},
@@ -513,6 +513,11 @@ def strategy(kind):
     }[kind]
 
 
+OF_NO_DOMAIN = (
+    objectives.L2SPConfig | objectives.BSSConfig | objectives.R3FConfig | objectives.FeatureDistillationConfig
+)
+TERMS = st.lists(st.deferred(lambda: strategy(OF_NO_DOMAIN)), max_size=2, unique_by=lambda raw: raw["method"])
+
 SPECIAL = {
     **{
         (kind, "max_length"): st.just(128)
@@ -522,10 +527,18 @@ SPECIAL = {
         (kind, "labels"): none | st.lists(texts, min_size=2, max_size=3, unique=True)
         for kind in (config.TextClassificationConfig, config.ImageClassificationConfig)
     },
+    **{
+        (kind, "head"): st.just("fresh") for kind in (config.TextClassificationConfig, config.ImageClassificationConfig)
+    },
+    **{(schema.DataConfig, name): none for name in ("target", "replay")},
+    (config.ObjectiveConfig, "task"): st.floats(0.001, 9.0),
+    (config.ObjectiveConfig, "memory"): none,
+    (config.ObjectiveConfig, "terms"): TERMS,
     (config.ImageClassificationConfig, "channels"): none | st.sampled_from([1, 3]),
     (Augment, "crop_scale"): st.just((0.25, 0.5)),
     (Augment, "crop_ratio"): none,
     (config.Config, "pretrain"): none,
+    (config.Config, "phases"): st.just([]),
     (schema.SourceConfig, "init"): st.just("pretrained"),
     (schema.StudyConfig, "budgets"): none | st.just((5, 10)),
     (schema.DataConfig, "buckets"): none | st.sampled_from([(128,), (8, 128)]),

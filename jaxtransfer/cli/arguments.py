@@ -23,7 +23,7 @@ exit codes:
   143  terminated (SIGTERM); a run has saved, and `jaxtransfer resume` goes on
 """
 
-_CONFIGURED = ("run", "explain", "launch", "plan")  # the commands that take overrides
+_CONFIGURED = ("run", "explain", "launch", "plan", "rank")  # the commands that take overrides
 _OVERRIDE = re.compile(r"--(\w+(?:\.[\w-]+)*)(?:=(.*))?", re.DOTALL)
 
 
@@ -67,11 +67,18 @@ def _add_commands(commands: Any) -> None:
         ("explain", "Show what would train, and at what cost, before anything is compiled"),
     ):
         about = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _keys()}
-        parser = command(name, description, usage=f"jaxtransfer {name} CONFIG [--key.sub value ...]", **about)
+        more = " [--sweep KEY=V1,V2,...]" if name == "run" else ""
+        parser = command(name, description, usage=f"jaxtransfer {name} CONFIG{more} [--key.sub value ...]", **about)
         parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+        if more:
+            parser.add_argument(
+                "--sweep", action="append", metavar="KEY=V1,V2,...",
+                help="a run for every combination of such values; KEY=0..4 is of whole numbers, seed is run.seed",
+            )  # fmt: skip
 
     _add_launch(command)
     _add_plan(command)
+    _add_rank(command)
 
     inspect = command("inspect", "Show a source: parameters, licence, lineage, and which rules match")
     inspect.add_argument("ref", metavar="SOURCE", help="a folder, a hub id, or python:PACKAGE/FOLDER")
@@ -109,6 +116,17 @@ def _add_plan(command: Any) -> None:
     plan.add_argument("--topology", metavar="SLICE", required=True, help="v5e:4x4, v5p:4x4x8, h200:8, ...")
     plan.add_argument("--search", action="store_true", help="try meshes, what is recomputed, and microbatches")
     plan.add_argument("--to", metavar="FILE", help="with --search: a new file for the configuration that is best")
+
+
+def _add_rank(command: Any) -> None:
+    rank = command(
+        "rank", "Rank sources, or the layers of them, for a task: scores of their features beside a quick probe",
+        usage="jaxtransfer rank CONFIG --sources A B C [--layers] [--to FILE] [--key.sub value ...]",
+    )  # fmt: skip
+    rank.add_argument("config", metavar="CONFIG", help="a YAML file; names the data and the task")
+    rank.add_argument("--sources", nargs="+", metavar="SOURCE", required=True, help="folders, hub ids, ...")
+    rank.add_argument("--layers", action="store_true", help="a row for every layer, not for the last alone")
+    rank.add_argument("--to", metavar="FILE", help="a file for the result as JSON")
 
 
 def _add_launch(command: Any) -> None:

@@ -15,8 +15,13 @@ from jaxtransfer.data.sources import DataError
 
 
 def run(options: Namespace) -> None:
-    """Train, evaluate, report and export."""
+    """Train, evaluate, report and export; with ``--sweep``, for every combination of some values."""
     console = _console()
+    if given := getattr(options, "sweep", None):
+        job = _job()
+        axes = job.parse_axes(given)
+        show(job.sweep(Path(options.config), options.overrides, axes, console=console), console)
+        return
     show(_job().run(config.load(options.config, options.overrides), console=console), console)
 
 
@@ -32,6 +37,13 @@ def plan(options: Namespace) -> None:
     found, to, console = config.load(options.config, options.overrides), options.to, _console()
     how = {"search": options.search, "to": Path(to) if to else None, "say": console.print}
     show(_job().plan(found, options.topology, **how), console)
+
+
+def rank(options: Namespace) -> None:
+    """Show how well sources, and their layers, suit a task."""
+    found, to, console = config.load(options.config, options.overrides), options.to, _console()
+    how = {"layers": options.layers, "to": Path(to) if to else None, "say": console.print}
+    show(_job().rank(found, options.sources, **how), console)
 
 
 def inspect(options: Namespace) -> None:
@@ -113,6 +125,7 @@ def launch(options: Namespace) -> None:
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "run": run,
     "explain": explain,
+    "rank": rank,
     "inspect": inspect,
     "evaluate": evaluate,
     "predict": predict,

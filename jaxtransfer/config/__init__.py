@@ -8,6 +8,7 @@ from jaxtransfer.config.files import load as load
 from jaxtransfer.config.objectives import ObjectiveConfig as ObjectiveConfig
 from jaxtransfer.config.optimizers import GroupConfig as GroupConfig
 from jaxtransfer.config.optimizers import OptimizerConfig as OptimizerConfig
+from jaxtransfer.config.phases import PhaseConfig as PhaseConfig
 from jaxtransfer.config.schema import AdaptConfig as AdaptConfig
 from jaxtransfer.config.schema import Config as Config
 from jaxtransfer.config.schema import DataConfig as DataConfig

@@ -73,7 +73,7 @@ def keys(kind: Any = Config, path: str = "") -> Iterator[tuple[str, str, str | N
         if len(records) == 1:
             words = [arm for arm in _arms(hints[field.name]) if typing.get_origin(arm) is Literal]
             yield from ((f"{path}{field.name}", f"{describe(arm)}, or its keys", None) for arm in words)
-            yield from keys(records[0], f"{path}{field.name}.")
+            yield from keys(records[0], f"{path}{field.name}.{'' if item is None else 'N.'}")
             continue
         if records:
             yield from _tagged_keys(records, f"{path}{field.name}.{'' if item is None else 'N.'}")

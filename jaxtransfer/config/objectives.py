@@ -325,18 +325,23 @@ def check_domains(objective: ObjectiveConfig, target: bool, replay: bool) -> Non
     Raises:
       ConfigError: it is not so.
     """
-    readers = {
+    found = readers(objective)
+    for name, given in (("target", target), ("replay", replay)):
+        if given and not found[name]:
+            raise ConfigError(f"data.{name}: nothing reads it; objective.terms say what does", f"data.{name}")
+        if found[name] and not given:
+            raise ConfigError(f"data.{name}: is missing; objective's {found[name][0]} reads it", f"data.{name}")
+    if objective.memory and any(isinstance(term, ReplayConfig) for term in objective.terms):
+        raise ConfigError("objective.memory: reads data.replay itself; leave the term replay out", "objective.memory")
+
+
+def readers(objective: ObjectiveConfig) -> dict[str, list[str]]:
+    """What reads each further domain."""
+    return {
         "target": [term.method for term in objective.terms if isinstance(term, OF_TARGET)],
         "replay": [term.method for term in objective.terms if isinstance(term, (ReplayConfig, EWCConfig))]
         + ([objective.memory] if objective.memory else []),
     }
-    for name, given in (("target", target), ("replay", replay)):
-        if given and not readers[name]:
-            raise ConfigError(f"data.{name}: nothing reads it; objective.terms say what does", f"data.{name}")
-        if readers[name] and not given:
-            raise ConfigError(f"data.{name}: is missing; objective's {readers[name][0]} reads it", f"data.{name}")
-    if objective.memory and any(isinstance(term, ReplayConfig) for term in objective.terms):
-        raise ConfigError("objective.memory: reads data.replay itself; leave the term replay out", "objective.memory")
 
 
 def _positive(value: float, name: str) -> None:

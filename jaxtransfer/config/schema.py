@@ -6,8 +6,9 @@ from typing import Literal
 from jaxtransfer.config.adapters import AdapterConfig, Quantization, check_trained
 from jaxtransfer.config.checks import at_least, check, increasing
 from jaxtransfer.config.document import ConfigError
-from jaxtransfer.config.objectives import ObjectiveConfig, check_domains
+from jaxtransfer.config.objectives import ObjectiveConfig, check_domains, readers
 from jaxtransfer.config.optimizers import OptimizerConfig
+from jaxtransfer.config.phases import PhaseConfig, phase, read_elsewhere
 from jaxtransfer.config.tasks import TaskConfig, TextClassificationConfig
 from jaxtransfer.data.sources import DataSpec
 
@@ -218,12 +219,15 @@ class Config:
 
     ``mesh: auto`` takes copies along ``data`` of what leaves half of a device's memory free, else splits it along
     ``fsdp``, over no more devices than that needs.
+
+    ``phases`` come before the run, in order; each goes on from the best state of the one before.
     """
 
     source: SourceConfig
     pretrain: PretrainConfig | None = None
     task: TaskConfig = dataclasses.field(default_factory=TextClassificationConfig)
     data: DataConfig
+    phases: tuple[PhaseConfig, ...] = ()
     adapt: AdaptConfig = AdaptConfig()
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -242,7 +246,9 @@ class Config:
             raise ConfigError(f"data.buckets: {told}", "data.buckets")
         if self.data.validation is None and self.run.patience is not None:
             raise ConfigError("run.patience: needs data.validation to be measured on", "run.patience")
-        check_domains(self.objective, self.data.target is not None, self.data.replay is not None)
+        own, domains = readers(self.objective), ("target", "replay")
+        idle = {name for name in domains if not own[name] and read_elsewhere(self.phases, name)}
+        check_domains(self.objective, *(getattr(self.data, name) is not None and name not in idle for name in domains))
         if self.source.init == "scratch":
             for field, given in {
                 "pretrain": self.pretrain,
@@ -254,6 +260,10 @@ class Config:
             }.items():
                 if given is not None:
                     raise ConfigError(f"{field}: needs a source with weights, source.init asks for none", field)
+        if self.phases and self.study is not None:
+            raise ConfigError("study: its control has no phases to compare with; leave study or phases out", "study")
+        if self.phases:
+            phase(self, len(self.phases) - 1)
         try:
             self.pretraining()
         except ConfigError as error:
@@ -272,6 +282,10 @@ class Config:
             return ()
         doubled = (32 << i for i in range(longest.bit_length()))
         return self.data.buckets or (*(length for length in doubled if length < longest), longest)
+
+    def phasing(self) -> "tuple[Config, ...]":
+        """The phases before the run, each as a run of its own, see `phases.phase`."""
+        return tuple(phase(self, i) for i in range(len(self.phases)))
 
     def pretraining(self) -> "Config | None":
         """The run that makes the source, in a folder of its own; None where the source is there."""

@@ -14,3 +14,6 @@ from jaxtransfer.job.labelling import zero_shot as zero_shot
 from jaxtransfer.job.launch import join as join
 from jaxtransfer.job.launch import launch as launch
 from jaxtransfer.job.planning import plan as plan
+from jaxtransfer.job.ranking import rank as rank
+from jaxtransfer.job.sweeping import parse_axes as parse_axes
+from jaxtransfer.job.sweeping import sweep as sweep

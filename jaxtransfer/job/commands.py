@@ -14,7 +14,7 @@ from jaxtransfer import checkpoint, report
 from jaxtransfer import config as configs
 from jaxtransfer.checkpoint.manifest import discard, write_durably
 from jaxtransfer.config import Config
-from jaxtransfer.job import events, explained, models, record, studies, summary
+from jaxtransfer.job import caching, events, explained, models, phasing, record, studies, summary
 from jaxtransfer.job.models import CHECKPOINTS, CONFIG, RESULT, config_of, page_of, pretrained
 from jaxtransfer.job.prepare import RETAIN, TRAIN, Job, prepare
 from jaxtransfer.job.train import final_split, finished, predictions, saved_best, train
@@ -69,6 +69,8 @@ def _run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> dict[str, An
             _run(job.before, folder, stop, screen)
         job = pretrained(job)
     before = _measured_before(job, out, stop)
+    job = phasing.gone_through(job, stop, screen, _main_run)
+    job = caching.cached(job, out / caching.FOLDER, screen.say, stop.check)
     source, found, progress = _main_run(job, out, stop, screen)
     metrics = {split: job.task.metrics(part) for split, part in found.items()}
     comparison = studies.compare(job, out, stop, screen, metrics)
@@ -85,10 +87,13 @@ def _run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> dict[str, An
                 progress=progress, seconds=time.time() - began, out=out, model=model,
             ),
         )  # fmt: skip
+        if job.phases:
+            page["run"]["phases"] = phasing.told(job)
         report.write(page, out / REPORT)
         record.write_json(out / RESULT, page)
 
     distributed.by_first(f"report {out}", conclude, timeout=_REPORT)
+    caching.discard(out / caching.FOLDER)
     return page_of(out)
 
 
@@ -105,9 +110,11 @@ def explain(config: Config) -> dict[str, Any]:
     """What would train, how, and what it costs in bytes; which adapter sits where, what is packed.
 
     Returns:
-      ``groups``, a row each, and where there are any, ``adapters`` and ``quantized``.
+      ``groups``, a row each, and where there are any, ``adapters`` and ``quantized``; the groups of phases before.
     """
-    return explained.tables(prepare(config, lambda text: None))
+    job = prepare(config, lambda text: None)
+    before = {f"phase {i}": explained.tables(phase)["groups"] for i, phase in enumerate(job.phases, 1)}
+    return {**before, **explained.tables(job)}
 
 
 def inspect(ref: str, *, rules: Rules = (), revision: str | None = None) -> dict[str, Any]:
@@ -163,7 +170,9 @@ def unprompted(state: State, frozen: Any) -> tuple[State, Any]:
     return bare, without(frozen)
 
 
-def _main_run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> tuple[Source, dict[str, Any], Progress]:
+def _main_run(
+    job: Job, out: Path, stop: Stop, screen: events.Screen, title: str = ""
+) -> tuple[Source, dict[str, Any], Progress]:
     """Trains the run's own seed with checkpoints, resuming what is there; its best state on every held-out split."""
     seed, root, progress = job.config.run.seed, out / CHECKPOINTS, Progress()
     state, frozen = job.start(seed)
@@ -178,7 +187,7 @@ def _main_run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> tuple[S
             position = extra["data"]
             saver.best = progress.best_batch
             screen.say(f"resumed at step {progress.batch} of {job.steps}")
-        callbacks = [screen.titled(f"{_title(job)}, seed {seed}", job.steps, done=progress.batch)]
+        callbacks = [screen.titled(f"{title or _title(job)}, seed {seed}", job.steps, done=progress.batch)]
         if distributed.is_first():
             callbacks.append(events.jsonl(out / events.METRICS, progress))
         if distributed.is_first() and job.config.run.tensorboard:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtransfer.adapt.adapter_types import Adapter
 from jaxtransfer.adapt.groups import FROZEN
 from jaxtransfer.adapt.quantized import Quantized
+from jaxtransfer.job import caching
 from jaxtransfer.job.adapting import Put, puts
 from jaxtransfer.job.prepare import Job
 from jaxtransfer.tree.paths import flatten, natural
@@ -43,7 +44,7 @@ class PlaceRow:
 
 
 def tables(job: Job) -> dict[str, Any]:
-    """``groups``, and where there are any, ``adapters`` and ``quantized``."""
+    """``groups``, and where there are any, ``adapters`` and ``quantized``; ``features``: what is computed once."""
     seed = job.config.run.seed
     source = job.adapted(seed)
     labels = flatten(job.labels)
@@ -54,7 +55,7 @@ def tables(job: Job) -> dict[str, Any]:
         "quantized": _grouped((type(node).__name__, path, [node]) for path, node in weights.items()),
     }
     chosen = {"mesh": job.chosen} if job.chosen else {}
-    return {**chosen, **{name: rows for name, rows in found.items() if rows}}
+    return {**chosen, "features": caching.told(job), **{name: rows for name, rows in found.items() if rows}}
 
 
 def _groups(job: Job, weights: Mapping[str, Any]) -> list[GroupRow]:

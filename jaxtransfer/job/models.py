@@ -15,6 +15,7 @@ from jaxtransfer.adapt.adapter_types import Adapter
 from jaxtransfer.adapt.subtrees import held_in
 from jaxtransfer.config import Config
 from jaxtransfer.job import adapting
+from jaxtransfer.job.optimization import mastered
 from jaxtransfer.job.prepare import Job, Say, prepare, trained
 from jaxtransfer.job.sources import check_head, load_source, placed
 from jaxtransfer.job.tasks import make_task
@@ -32,7 +33,7 @@ from jaxtransfer.tree.weights import SHARED, is_weight
 from jaxtransfer.types import Lineage, Source
 
 CONFIG, RESULT, CHECKPOINTS, EXPORT, ADAPTER = "config.yaml", "result.json", "checkpoints", "model", "adapter"
-PRETRAIN = "pretrain"
+PRETRAIN, PHASE = "pretrain", "phase.json"
 Values = Mapping[str, Any]
 
 
@@ -75,8 +76,9 @@ def adapted(folder: Path) -> Source:
     """
     config = dataclasses.replace(config_of(folder), out=str(folder))
     if not (folder / RESULT).exists():
-        progress, seed = _progress(folder), config.run.seed
+        progress, seed = progress_of(folder), config.run.seed
         job = pretrained(prepare(config, lambda text: None))
+        job = dataclasses.replace(job, notes=tuple(entry["operation"] for entry in phases_of(job)))
         return finished(job, seed, *saved_best(job, folder / CHECKPOINTS, job.start(seed), progress), progress)
     if apart(config):
         return _rebuilt(folder, config)
@@ -100,16 +102,22 @@ def _rebuilt(folder: Path, config: Config) -> Source:
     source = adapting.begun(config, trunk, task, seed)
     steps = page["run"]["steps"]
     terms = terms_of(config, task, trunk, source.model, source.params, steps)
-    params = {**source.params, **terms.beside(seed)}
+    params = {**mastered(config, source.model, source.params), **terms.beside(seed)}
     how = trained(config, task, source.model, params, steps, None, (), terms=terms)
     like = init_state(source.model, params, how["labels"], how["tx"], jax.random.key(seed), terms=terms.states)
-    best = folder / CHECKPOINTS / str(best_step(_progress(folder)))
+    best = folder / CHECKPOINTS / str(best_step(progress_of(folder)))
     state, frozen, _ = checkpoint.restore(best, like=like, lineage=source.lineage)
     lineage = dataclasses.replace(source.lineage, operations=tuple(page["lineage"]["operations"]))
     return dataclasses.replace(source, params=bare(params_of(state, frozen)), lineage=lineage)
 
 
-def _progress(folder: Path) -> Progress:
+def phases_of(job: Job) -> list[dict[str, Any]]:
+    """The records of the phases that are finished, in order."""
+    paths = [Path(phase.config.out) / PHASE for phase in job.phases]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def progress_of(folder: Path) -> Progress:
     """Where the last checkpoint of a run stands."""
     root, progress = folder / CHECKPOINTS, Progress()
     if (last := checkpoint.latest(root)) is None:
@@ -122,7 +130,9 @@ def pretrained(job: Job) -> Job:
     """A job with the source that another run has made for it, once that is finished; any other job as it is."""
     if job.before is None:
         return job
-    return dataclasses.replace(job, trunk=_made(job.config, job.task, job.mesh), before=None)
+    trunk = _made(job.config, job.task, job.mesh)
+    phases = tuple(dataclasses.replace(phase, trunk=trunk) for phase in job.phases)
+    return dataclasses.replace(job, trunk=trunk, phases=phases, before=None)
 
 
 def _made(config: Config, task: Task, mesh: Mesh | None) -> Source:

@@ -19,7 +19,7 @@ from jaxtransfer.data.pairing import Paired
 from jaxtransfer.data.sources import DataSpec, read
 from jaxtransfer.job import adapting, auto_mesh, checks
 from jaxtransfer.job.meshes import mesh_of
-from jaxtransfer.job.optimization import optimizer_groups, recipe, thawed
+from jaxtransfer.job.optimization import by_age, labels_of, mastered, optimizer_groups
 from jaxtransfer.job.sources import load_source, sharding_rules
 from jaxtransfer.job.tasks import columns_of, make_task
 from jaxtransfer.job.terms import DOMAINS, Terms, terms_of
@@ -31,8 +31,8 @@ from jaxtransfer.parallel.distributed import in_step, share
 from jaxtransfer.step import Step, init_state, make_eval, make_step
 from jaxtransfer.tasks import Task
 from jaxtransfer.tree.paths import Params, flatten
-from jaxtransfer.tree.rules import Rule, Rules
-from jaxtransfer.types import AUX, TARGET, Model, Source, State
+from jaxtransfer.tree.rules import Rules
+from jaxtransfer.types import TARGET, Model, Source, State
 
 Say = Callable[[str], None]
 TRAIN, RETAIN = "train", "retain"
@@ -56,6 +56,8 @@ class Job:
       steps: batches of a run; ``epoch``: batches of an epoch.
       chosen: why this mesh, where the configuration leaves it open.
       before: the run that makes the source, until it has; the trunk then has no weights of its own yet.
+      phases: what comes before this run, each as a job of its own; ``begin`` then gives what they have come to, and
+        ``notes`` say what they did. See `phasing`.
       features: examples -> the same with the output of the frozen stages in place, which ``step`` and ``evaluate`` then
         go on from; None where these run all of the model. See `caching`.
     """
@@ -81,6 +83,9 @@ class Job:
     sharding: Rules
     chosen: str = ""
     before: "Job | None" = None
+    phases: "tuple[Job, ...]" = ()
+    begin: Callable[[int], tuple[State, Params]] | None = None
+    notes: tuple[str, ...] = ()
     features: Callable[[Examples], Examples] | None = None
 
     @property
@@ -102,8 +107,15 @@ class Job:
 
     def start(self, seed: int, *, scratch: bool = False) -> tuple[State, Params]:
         """The first state of a run of this seed, and what is frozen in it."""
+        if self.begin is not None and not scratch:
+            return self.begin(seed)
+        return self.start_of_all(seed, scratch=scratch)
+
+    def start_of_all(self, seed: int, *, scratch: bool = False) -> tuple[State, Params]:
+        """As `start`, of the source as it was before any phase."""
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        params = {**self.adapted(seed, scratch=scratch).params, **self.terms.beside(seed)}
+        own = mastered(self.config, self.model, self.adapted(seed, scratch=scratch).params)
+        params = {**own, **self.terms.beside(seed)}
         return init_state(
             self.model, params, self.labels, self.tx, key, mesh=self.mesh, sharding=self.sharding,
             terms=self.terms.states,
@@ -132,7 +144,7 @@ class Job:
         """What the objective knows beforehand: the source's values of what trains, and which of them matter."""
         if not self.terms.anchored:
             return {}
-        state, frozen = self.start(seed)
+        state, frozen = self.start_of_all(seed)
         rows = self.domains.get("replay")
         return self.terms.constants(state, frozen, rows)
 
@@ -216,11 +228,24 @@ def prepare(config: Config, say: Say) -> Job:
     how = trained(config, task, source.model, params, steps, mesh, sharding, terms=terms)
     adapting.check_labels(config, source, adapting.puts(config, trunk, task, config.run.seed), how["labels"])
     part = config.pretraining()
-    return Job(
+    job = Job(
         config=config, trunk=trunk, task=task, processor=processor, data=data, training=training, examples=examples,
         domains=domains, terms=terms, model=source.model, **how, steps=steps, epoch=epoch, mesh=mesh, sharding=sharding,
         chosen=chosen.why, before=None if part is None else prepare(part, say),
     )  # fmt: skip
+    return dataclasses.replace(job, phases=tuple(_phase(job, each, source) for each in config.phasing()))
+
+
+def _phase(job: Job, config: Config, source: Source) -> Job:
+    """One phase of a job: the same source, data and task; what trains, and how, is its own."""
+    steps = config.run.steps or job.epoch * (config.run.epochs or 0)
+    terms = terms_of(config, job.task, job.trunk, job.model, source.params, steps)
+    params = {**source.params, **terms.beside(config.run.seed)}
+    sharding = () if job.mesh is None else sharding_rules(job.mesh, job.model, params)
+    where = {"mesh": job.mesh, "sharding": sharding, "terms": terms}
+    how = trained(config, job.task, job.model, params, steps, **where)
+    adapting.check_labels(config, source, (), how["labels"])
+    return dataclasses.replace(job, config=config, **how, steps=steps, terms=terms, sharding=sharding, before=None)
 
 
 def trained(
@@ -234,18 +259,22 @@ def trained(
     *,
     terms: Terms | None = None,
     thaw: bool = False,
+    traced: bool = False,
 ) -> dict[str, Any]:
     """What trains and how: ``labels``, ``groups``, ``tx``, ``step`` and ``evaluate``.
 
-    With ``thaw`` what would be frozen trains too. ``params`` are of the model and of what trains beside it.
+    With ``thaw`` what would be frozen trains too; with ``traced`` rates are state, see `optim.optimizer`. ``params``
+    are of the model and of what trains beside it.
     """
-    rules = [*([Rule(f"{AUX}/.*", AUX)] if AUX in params else []), *recipe(config, model)]
-    labels = groups.labels_of(model, thawed(rules) if thaw else rules, params)
+    labels = labels_of(config, model, params, thaw=thaw)
     checks.check_tied(model, labels)
     how = optimizer_groups(config, labels, steps, control=thaw)
+    if config.phases and not thaw:
+        labels, parts = by_age(config, model, params, labels)
+        how = {name: how[label] for name, label in parts.items()}
     decay = config.optimizer.layer_decay
     scales = None if decay is None else groups.layerwise_decay(model, params, decay)
-    tx = optimizer(labels, how, clip=config.optimizer.clip, scales=scales)
+    tx = optimizer(labels, how, clip=config.optimizer.clip, scales=scales, traced=traced)
     where = {"mesh": mesh, "sharding": sharding, "precision": jnp.dtype(config.run.precision)}
     if config.objective.memory:
         tx = a_gem(tx)

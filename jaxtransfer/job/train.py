@@ -132,7 +132,7 @@ def finished(job: Job, seed: int, state: State, frozen: Params, progress: Progre
     trained = ", ".join(f"{name}: {group.optimizer} {group.lr:g}" for name, group in job.groups.items())
     at = progress.best_batch or progress.batch
     note = f"fit(steps={at} of {job.steps}, batch={job.config.data.batch}, seed={seed}, {trained})"
-    lineage = dataclasses.replace(source.lineage, operations=(*source.lineage.operations, note))
+    lineage = dataclasses.replace(source.lineage, operations=(*source.lineage.operations, *job.notes, note))
     return dataclasses.replace(source, params=bare(params_of(state, frozen)), lineage=lineage)
 
 

@@ -149,3 +149,11 @@ def test_a_source_with_other_labels_is_refused(world):
         prepare.prepare(
             world.config(world.root / "none", source={"ref": world.trained}, task=task, **how), lambda text: None
         )
+
+
+def test_what_starts_from_nothing_beside_the_model_has_ten_times_the_rate(world):
+    how = with_terms(world, {"method": "dann"})
+    job = prepare.prepare(world.config(world.root / "none", **how), lambda text: None)
+    assert job.groups["aux"].lr == pytest.approx(10 * job.groups["trunk"].lr)
+    how["optimizer"] = {**how["optimizer"], "groups": {"aux": {"lr": 0.5}}}
+    assert prepare.prepare(world.config(world.root / "none", **how), lambda text: None).groups["aux"].lr == 0.5
