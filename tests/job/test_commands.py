@@ -52,7 +52,7 @@ class Reads:
                 return False
             frame = frame.f_back
         file, function = frame.f_code.co_filename.replace("\\", "/"), frame.f_code.co_name
-        rooms = ("job/", "data/", "config/schema.py", "config/optimizers.py")
+        rooms = ("job/", "data/", "config/schema.py", "config/optimizers.py", "config/phases.py")
         inside = any(f"/jaxtransfer/{room}" in file for room in rooms)
         return inside and function not in ("identity", "__post_init__", "_check_pattern", "_rates")
 
@@ -113,7 +113,11 @@ def test_every_field_of_the_configuration_is_read(ran, world, monkeypatch, tmp_p
     adapt = {"train": "rules", "rules": [[".*", "head"]]}
     part = {"path": world.data["train"], "split": [0, 16], "seed": 3}
     last, sgd = {"train": "last", "last": 1}, {"name": "sgd", "momentum": 0.5}
-    for changes in ({"adapt": last, "optimizer": sgd}, {"adapt": adapt, "data__train": part}):
+    hidden = {"kind": "masked-lm", "max_length": 16, "head": "fresh"}
+    before = [{"adapt": {"train": "head"}, "optimizer": sgd, "run": {"steps": 1}}]
+    for changes in (
+        {"adapt": last, "optimizer": sgd}, {"adapt": adapt, "data__train": part}, {"task": hidden}, {"phases": before},
+    ):  # fmt: skip
         prepare.prepare(world.config(world.root / "x", **changes), print)
     library, gallery = (kind(tmp_path_factory.mktemp("other")) for kind in (Library, Gallery))
     prepare.prepare(library.config(world.root / "x"), print)

@@ -81,7 +81,7 @@ def test_what_changes_the_program_runs_in_turn(world):
     [
         (AXES, {"study": {"seeds": [0]}}, "study takes runs of its own"),
         (AXES, {"source__init": "scratch"}, "draws another model by seed"),
-        (AXES, {"objective": {"terms": [{"method": "l2-sp"}]}}, "the objective has terms"),
+        (AXES, {"objective": {"terms": [{"method": "l2_sp"}]}}, "the objective has terms"),
         ({"adapt.last": ["1", "2"]}, {}, "adapt.last is part of the program"),
     ],
 )
