@@ -14,10 +14,6 @@ from jaxtransfer.adapt import resize as resize
 from jaxtransfer.adapt import subtrees as subtrees
 from jaxtransfer.adapt import swap_head as swap_head
 from jaxtransfer.adapt import untie as untie
-from jaxtransfer.checkpoint import Checkpointer as Checkpointer
-from jaxtransfer.checkpoint import restore as restore
-from jaxtransfer.checkpoint import save as save
-from jaxtransfer.generation import generate as generate
 from jaxtransfer.models import apply as apply
 from jaxtransfer.models import from_equinox as from_equinox
 from jaxtransfer.models import from_function as from_function
@@ -30,10 +26,6 @@ from jaxtransfer.optim import explain as explain
 from jaxtransfer.optim import optimizer as optimizer
 from jaxtransfer.parallel import make_mesh as make_mesh
 from jaxtransfer.parallel import place as place
-from jaxtransfer.run import fit as fit
-from jaxtransfer.source import export as export
-from jaxtransfer.source import load as load
-from jaxtransfer.source import load_adapter as load_adapter
 from jaxtransfer.step import init_state as init_state
 from jaxtransfer.step import make_eval as make_eval
 from jaxtransfer.step import make_step as make_step
@@ -56,11 +48,35 @@ if TYPE_CHECKING:
     from jaxtransfer import fewshot as fewshot
     from jaxtransfer import probes as probes
     from jaxtransfer import scores as scores
+    from jaxtransfer.checkpoint import Checkpointer as Checkpointer
+    from jaxtransfer.checkpoint import restore as restore
+    from jaxtransfer.checkpoint import save as save
     from jaxtransfer.features import extract as extract
+    from jaxtransfer.generation import generate as generate
     from jaxtransfer.phases import next_phase as next_phase
+    from jaxtransfer.run import fit as fit
+    from jaxtransfer.source import export as export
+    from jaxtransfer.source import load as load
+    from jaxtransfer.source import load_adapter as load_adapter
     from jaxtransfer.sweeps import sweep as sweep
 
-_LATER = {"fewshot": "", "probes": "", "scores": "", "extract": "features", "next_phase": "phases", "sweep": "sweeps"}
+_LATER = {
+    "fewshot": "",
+    "probes": "",
+    "scores": "",
+    "extract": "features",
+    "next_phase": "phases",
+    "sweep": "sweeps",
+    "Checkpointer": "checkpoint",
+    "restore": "checkpoint",
+    "save": "checkpoint",
+    "generate": "generation",
+    "fit": "run",
+    "export": "source",
+    "load": "source",
+    "load_adapter": "source",
+}
+"""Name -> the room that it is in, or nothing for a room itself."""
 
 
 def __getattr__(name: str) -> Any:
@@ -69,3 +85,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room = importlib.import_module(f"{__name__}.{_LATER[name] or name}")
     return getattr(room, name) if _LATER[name] else room
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
