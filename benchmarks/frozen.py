@@ -22,7 +22,7 @@ from cases import BATCH, HEADS, HIDDEN, INNER, LAYERS, LENGTH, VOCABULARY, sourc
 
 import jaxtransfer as jt
 from jaxtransfer.data.loader import Examples, batches
-from jaxtransfer.features import Pass, frozen_prefix, kept
+from jaxtransfer.features import Pass, forward, frozen_prefix, kept
 from jaxtransfer.objectives import cross_entropy
 from jaxtransfer.sweeps import sweep
 from jaxtransfer.types import View
@@ -58,8 +58,8 @@ class Case:
         self.whole = jt.make_step(model, cross_entropy(), self.txs[0])
         self.step = jt.make_step(self.prefix.rest(), cross_entropy(), self.txs[0])
         self.many, self.states = sweep(self.step, [state for state, _ in self.starts])
-        self.once = Pass(self.prefix, self.frozen, BATCH, (LENGTH,))
-        self.forward = jax.jit(self.prefix.run)
+        self.forward = forward(self.prefix)
+        self.once = Pass(self.prefix, self.frozen, BATCH, (LENGTH,), forward=self.forward)
         self.fields = {*self.prefix.reads, *self.prefix.entries}
         self.features = self.rows
 

@@ -37,6 +37,7 @@ class Pass:
       params: its parameters, laid out and placed; those of later stages may be None.
       batch, buckets: of `data.batches`.
       mesh, sharding: where the parameters lie.
+      forward: from `forward`, to be compiled once for several passes.
     """
 
     prefix: Prefix
@@ -45,6 +46,7 @@ class Pass:
     buckets: tuple[int, ...] = ()
     mesh: Mesh | None = None
     sharding: Rules = ()
+    forward: Callable[..., Any] | None = None
 
     def store(self, examples: Examples, folder: Path | None) -> Store:
         """Where the rows of some examples go, with what is there already.
@@ -113,14 +115,18 @@ class Pass:
                 yield batch
 
         fetch = jax.device_get if self.mesh is None else partial(jax.tree.map, _local)
-        return iter(ahead(in_step("features", jax.jit(self._run)), self.params, checked(), self.mesh, fetch))
+        run = self.forward or forward(self.prefix, mesh=self.mesh, sharding=self.sharding)
+        return iter(ahead(run, self.params, checked(), self.mesh, fetch))
 
-    def _run(self, params: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        params = params if self.mesh is None else gather(params, self.mesh, self.sharding)
-        found = self.prefix.run(params, batch, constrain=by_rows(self.mesh))
-        if self.mesh is None:
-            return found
-        return jax.lax.with_sharding_constraint(found, NamedSharding(self.mesh, P(BATCH_AXES)))
+
+def forward(prefix: Prefix, *, mesh: Mesh | None = None, sharding: Rules = ()) -> Callable[..., Any]:
+    """The jitted prefix: ``forward(params, batch)`` gives the kept entries, split by rows over a mesh."""
+
+    def run(params: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        found = prefix.run(params if mesh is None else gather(params, mesh, sharding), batch, constrain=by_rows(mesh))
+        return found if mesh is None else jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P(BATCH_AXES)))
+
+    return in_step("features", jax.jit(run))
 
 
 def kept(examples: Examples, store: Store) -> Examples:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer.data.loader import Examples
-from jaxtransfer.features import FeatureError, Pass, Prefix, frozen_prefix, frozen_stages, kept
+from jaxtransfer.features import FeatureError, Pass, Prefix, forward, frozen_prefix, frozen_stages, kept
 from jaxtransfer.job.prepare import Job, Say, trained
 from jaxtransfer.parallel.agreement import is_first
 from jaxtransfer.tree.paths import flatten
@@ -86,7 +86,8 @@ def cached(job: Job, folder: Path, say: Say, check: Callable[[], None], *, trace
     params = job.adapted(job.config.run.seed).params
     where = {"mesh": job.mesh, "sharding": job.sharding, "terms": job.terms, "traced": traced}
     how = trained(job.config, job.task, prefix.rest(), params, job.steps, **where)
-    once = _Once(job, prefix, folder, say, check)
+    run = forward(prefix, mesh=job.mesh, sharding=job.sharding)
+    once = _Once(job, prefix, folder, say, check, run)
     return dataclasses.replace(job, step=how["step"], evaluate=how["evaluate"], features=once)
 
 
@@ -115,6 +116,7 @@ class _Once:
     folder: Path
     say: Say
     check: Callable[[], None]
+    forward: Callable[..., Any]  # compiled once for all splits
     held: int = 0
     known: dict[int, tuple[Examples, Examples]] = dataclasses.field(default_factory=dict)
 
@@ -127,7 +129,8 @@ class _Once:
         job, size = self.job, _bytes(self.prefix, examples)
         inside = self.held + size <= MEMORY and jax.process_count() == 1
         params = job.start(job.config.run.seed)[1]
-        once = Pass(self.prefix, params, job.config.data.batch, job.config.buckets, job.mesh, job.sharding)
+        how = (job.config.data.batch, job.config.buckets, job.mesh, job.sharding)
+        once = Pass(self.prefix, params, *how, forward=self.forward)
         store = once.store(examples, None if inside else self.folder)
         self.held += size if inside else 0
         if not inside:
