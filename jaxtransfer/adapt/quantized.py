@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.adapt.adapter_types import Adapter
 from jaxtransfer.adapt.quantized_types import BLOCK
 from jaxtransfer.adapt.quantized_types import NF4 as NF4
 from jaxtransfer.adapt.quantized_types import NF4_LEVELS as NF4_LEVELS
@@ -16,7 +17,7 @@ from jaxtransfer.adapt.quantized_types import Quantized as Quantized
 from jaxtransfer.adapt.quantized_types import int8 as int8
 from jaxtransfer.adapt.quantized_types import nf4 as nf4
 from jaxtransfer.tree import fingerprint
-from jaxtransfer.tree.paths import flatten, unflatten
+from jaxtransfer.tree.paths import Params, flatten, unflatten
 from jaxtransfer.tree.rules import Rules, match_paths
 from jaxtransfer.tree.weights import is_weight
 from jaxtransfer.types import Source
@@ -57,6 +58,17 @@ def quantize(source: Source, rules: Rules) -> Source:
 def note(methods: Mapping[str, str]) -> str:
     """The line of a lineage's operations that tells of quantised leaves."""
     return f"quantize({len(methods)} leaves: {', '.join(sorted(set(methods.values())))})"
+
+
+def packed(params: Params) -> dict[str, Quantized]:
+    """The packed weights of a tree, by path, whatever adapters are around them."""
+    found = {}
+    for path, node in flatten(params, is_leaf=is_weight).items():
+        while isinstance(node, Adapter):
+            node = node.base
+        if isinstance(node, Quantized):
+            found[path] = node
+    return found
 
 
 def methods_of(rules: Rules, leaves: Mapping[str, Any]) -> dict[str, str]:

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxtransfer.adapt.adapter_types import Adapter
 from jaxtransfer.adapt.groups import FROZEN
-from jaxtransfer.adapt.quantized import Quantized
+from jaxtransfer.adapt.quantized import packed
 from jaxtransfer.job import caching
 from jaxtransfer.job.adapting import Put, puts
 from jaxtransfer.job.prepare import Job
 from jaxtransfer.tree.paths import flatten, natural
-from jaxtransfer.tree.weights import is_weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,22 +46,17 @@ def tables(job: Job) -> dict[str, Any]:
     seed = job.config.run.seed
     source = job.adapted(seed)
     labels = flatten(job.labels)
-    weights = dict(_quantized(flatten(source.params, is_leaf=is_weight)))
     found = {
-        "groups": _groups(job, weights),
+        "groups": _groups(job),
         "adapters": [row for put in puts(job.config, job.trunk, job.task, seed) for row in _places(put, labels)],
-        "quantized": _grouped((type(node).__name__, path, [node]) for path, node in weights.items()),
+        "quantized": _grouped((type(node).__name__, path, [node]) for path, node in packed(source.params).items()),
     }
     chosen = {"mesh": job.chosen} if job.chosen else {}
     return {**chosen, "features": caching.told(job), **{name: rows for name, rows in found.items() if rows}}
 
 
-def _groups(job: Job, weights: Mapping[str, Any]) -> list[GroupRow]:
-    """A row a label; of packed weights the numbers that they stand for are counted, all of them frozen."""
+def _groups(job: Job) -> list[GroupRow]:
     rows = [dataclasses.asdict(row) for row in job.rows()]
-    for row in rows:
-        if row["group"] == "frozen":
-            row["parameters"] += sum(_size(node) - sum(x.size for x in _parts(node)) for node in weights.values())
     total = sum(row["parameters"] for row in rows)
     return [GroupRow(**row, share=f"{100 * row['parameters'] / total:.3g}%") for row in rows]
 
@@ -117,15 +110,6 @@ def runs(numbers: Iterable[int]) -> str:
         else:
             out.append([number, number])
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in out)
-
-
-def _quantized(nodes: Mapping[str, Any]) -> Iterable[tuple[str, Quantized]]:
-    """The packed weights, by the path of the weight, whatever is around them."""
-    for path, node in nodes.items():
-        while isinstance(node, Adapter):
-            node = node.base
-        if isinstance(node, Quantized):
-            yield path, node
 
 
 def _size(node: Any) -> int:

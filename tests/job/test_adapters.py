@@ -267,6 +267,8 @@ def test_explain_shows_which_adapter_sits_where(world, tmp_path, capsys):
     (frozen,) = (line for line in out if line[:1] == ["frozen"])
     scales, shared = 2, 2 * 8 * 64
     assert int(frozen[2].replace(",", "")) == bare + scales + shared
+    rows = {row.group: row.parameters for row in made(world, adapt).rows()}
+    assert rows["frozen"] == bare + scales + shared  # what a run prints is the same
 
 
 def test_every_field_of_an_adapter_is_read(world, monkeypatch):
