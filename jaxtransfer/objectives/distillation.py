@@ -1,5 +1,7 @@
 """Staying near a teacher's outputs: LwF and distillation, of logits and of features; R3F's divergence; Co-Tuning."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +33,8 @@ def logit_loss(student: jax.Array, teacher: jax.Array, temperature: float = 2.0)
 def feature_loss(student: jax.Array, teacher: jax.Array, channels: jax.Array | None = None) -> jax.Array:
     """``mean_i sum_j w_j (s_ij - t_ij)^2 / 2``, the teacher without gradient; weighted by channel it is DELTA.
 
-    Li et al. 2019, arXiv:1901.09229: a channel weighs as much as the loss grows where its filter is set to zero (in
-    softmax over the channels). A mean over rows, so that its weight does not depend on the batch.
+    Li et al. 2019, arXiv:1901.09229, with the weights of `channel_weights`. A mean over rows, so that its weight does
+    not depend on the batch.
 
     Args:
       student: (B, ..., d) features.
@@ -48,6 +50,31 @@ def feature_loss(student: jax.Array, teacher: jax.Array, channels: jax.Array | N
     if channels is not None:
         squares = squares * jnp.expand_dims(channels, tuple(range(squares.ndim - 1)))
     return jnp.mean(jnp.sum(squares.reshape(len(squares), -1), axis=1)) / 2.0
+
+
+def channel_weights(loss: Callable[[jax.Array], jax.Array], features: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """``w_c = d softmax_c((L(f without c) - L(f)) / T)``: a channel weighs as much as the loss grows where it is zero.
+
+    The weights of DELTA, before training and for good: ``loss`` is that of a head on the source's frozen features.
+    Their mean is 1, so that channels that are all alike give `feature_loss` without weights.
+
+    Args:
+      loss: features of `features`' shape -> scalar.
+      features: (N, ..., d), at the boundary that is held.
+      temperature: T > 0.
+
+    Returns:
+      (d,).
+
+    Example:
+      >>> first = jnp.array([1.0, 0.0])
+      >>> channel_weights(lambda f: jnp.mean((f - 1.0) ** 2 * first), jnp.ones((4, 2))).round(2).tolist()
+      [1.24, 0.76]
+    """
+    if temperature <= 0:
+        raise ValueError(f"channel_weights: temperature must be positive, got {temperature}")
+    without = jax.lax.map(lambda c: loss(features.at[..., c].set(0.0)), jnp.arange(features.shape[-1]))
+    return features.shape[-1] * jax.nn.softmax((without - loss(features)) / temperature)
 
 
 def symmetric_divergence(first: jax.Array, second: jax.Array) -> jax.Array:

@@ -238,7 +238,7 @@ def lwf(temperature: float = 2.0, *, weight: float | Schedule = 1.0) -> Term:
 def feature_distillation(layers: Sequence[str], *, weight: float | Schedule = 0.01) -> Term:
     """`distillation.feature_loss` to the source's activations at boundaries, the sum over them.
 
-    With ``constants["delta"]``, boundary -> weights (d,) of the channels, it is DELTA.
+    With ``constants["delta"]``, boundary -> weights (d,) of its channels (`distillation.channel_weights`), it is DELTA.
     """
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
