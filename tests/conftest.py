@@ -6,6 +6,7 @@ optax relies on promotion between dtypes (`decay ** count`, schedules): a test t
 """
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -26,10 +27,21 @@ def _host_digest() -> str:
     return hashlib.sha256("\n".join([platform.platform(), *features]).encode()).hexdigest()[:12]
 
 
+def _xla_flags() -> list[str]:
+    """Eight devices; and code that is compiled in a third of the time, since hardly a program here runs twice.
+
+    What XLA makes of a program, its FLOPs and its temporaries, stays; only what LLVM makes of that is slower.
+    """
+    flags = [f"--xla_force_host_platform_device_count={DEVICES}", "--xla_backend_optimization_level=0"]
+    flags.append("--xla_llvm_disable_expensive_passes=true")
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one does not know it, and would abort
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return flags
+
+
 # This must be in the environment before jax and transformers are imported; subprocesses inherit it.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    _flag = f"--xla_force_host_platform_device_count={DEVICES}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([_given, *(f for f in _xla_flags() if f.split("=")[0] not in _given)]).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax" / _host_digest()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # A bound also makes jax take a lock around reads and writes; without one, workers can read half a file.
@@ -84,6 +96,19 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Search only test files for doctests: helpers may import what is not installed."""
     return True if collection_path.suffix == ".py" and not collection_path.name.startswith("test_") else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what `slow.txt` names: it takes ten seconds or more, and something alike runs by default."""
+    slow = {line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if not line.startswith("#")}
+    for item in items:
+        if item.nodeid in slow or item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
+    given = {Path(argument).resolve() for argument in config.args}
+    found = {name for item in items for name in (item.nodeid, item.nodeid.partition("[")[0])}
+    if {ROOT / "tests", ROOT / "jaxtransfer"} <= given and slow - found:
+        raise pytest.UsageError(f"tests/slow.txt names no test: {', '.join(sorted(slow - found))}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

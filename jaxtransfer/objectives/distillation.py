@@ -67,9 +67,9 @@ def channel_weights(loss: Callable[[jax.Array], jax.Array], features: jax.Array,
       (d,).
 
     Example:
-      >>> first = jnp.array([1.0, 0.0])
-      >>> channel_weights(lambda f: jnp.mean((f - 1.0) ** 2 * first), jnp.ones((4, 2))).round(2).tolist()
-      [1.24, 0.76]
+      >>> first, second = channel_weights(lambda f: jnp.mean((f[:, 0] - 1.0) ** 2), jnp.ones((4, 2)))
+      >>> round(float(first), 2), round(float(second), 2)
+      (1.46, 0.54)
     """
     if temperature <= 0:
         raise ValueError(f"channel_weights: temperature must be positive, got {temperature}")

@@ -130,9 +130,13 @@ def test_feature_distance_does_not_depend_on_the_batch_and_weighs_channels():
 
 
 def test_channels_weigh_what_the_loss_loses_without_them():
-    features, head = jnp.asarray(rng.normal(size=(6, 2, 4))), jnp.array([3.0, 0.0, -1.0, 0.5])
-    loss = lambda f: jnp.mean((f @ head - features @ head) ** 2)  # noqa: E731
-    grown = jnp.mean((features * head) ** 2, axis=(0, 1))
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(12, 4)), jnp.float32)
+    head = jnp.array([3.0, 0.0, -1.0, 0.5])
+
+    def loss(f):
+        return jnp.mean((f @ head - features @ head) ** 2)
+
+    grown = jnp.mean((features * head[None]) ** 2, axis=0)
     np.testing.assert_allclose(d.channel_weights(loss, features, 2.0), 4 * jax.nn.softmax(grown / 2.0), rtol=1e-5)
     assert np.array_equal(d.channel_weights(lambda f: jnp.zeros(()), features), np.ones(4))
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
