@@ -160,9 +160,10 @@ def test_merged_it_is_one_model(ran, world, tmp_path, capsys):
     close(logits(one), logits(models.adapted(out)))
 
 
-def test_another_source_is_refused(world, tmp_path):
+@pytest.mark.parametrize("ran", ["qlora"], indirect=True)
+def test_another_source_is_refused(ran, world, tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(world.root / "ia3", out)
+    shutil.copytree(ran[1], out)
     (out / "config.yaml").write_text(
         (out / "config.yaml").read_text().replace(str(world.source), str(tmp_path / "other"))
     )
