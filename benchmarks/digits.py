@@ -3,8 +3,8 @@
 MNIST: its 10,000 test digits, cropped to their 20 x 20 box and resized to 16 x 16; 8,000 to train on and 2,000 to test.
 USPS: 7,291 and 2,007 digits of 16 x 16. One small network, optimizer, number of steps and batch for all methods; every
 term has its paper's weight, or the one named below. No target label is seen before the test, and nothing is chosen by
-one: each run is measured once, at its last step. SHOT starts from the network of the source alone, at a tenth of the
-rate (at all of it the clusters come apart under other classes' names: 9 to 18 %), and sees no source.
+one, but SHOT's rate: each run is measured once, at its last step. SHOT starts from the network of the source alone, at
+a tenth of the rate (at all of it the clusters come apart under other classes' names: 9 to 18 %), and sees no source.
 
 Usage: python benchmarks/digits.py [--steps 800] [--seeds 3] [--only NAME ...] [--results FILE]
 

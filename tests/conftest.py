@@ -27,20 +27,24 @@ def _host_digest() -> str:
     return hashlib.sha256("\n".join([platform.platform(), *features]).encode()).hexdigest()[:12]
 
 
-def _xla_flags() -> list[str]:
-    """Eight devices; and code that is compiled in a third of the time, since hardly a program here runs twice.
+_given = os.environ.get("XLA_FLAGS", "")
 
-    What XLA makes of a program, its FLOPs and its temporaries, stays; only what LLVM makes of that is slower.
+
+def _xla_flags() -> list[str]:
+    """Eight devices; and, unless a level is given, code that compiles two or three times as fast.
+
+    Few programs run twice. The code is slower and rounds a little differently.
     """
-    flags = [f"--xla_force_host_platform_device_count={DEVICES}", "--xla_backend_optimization_level=0"]
-    flags.append("--xla_llvm_disable_expensive_passes=true")
+    flags = [f"--xla_force_host_platform_device_count={DEVICES}"]
+    if "xla_backend_optimization_level" in _given:
+        return flags
+    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one does not know it, and would abort
         flags.append("--xla_cpu_use_fusion_emitters=false")
     return flags
 
 
 # This must be in the environment before jax and transformers are imported; subprocesses inherit it.
-_given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_given, *(f for f in _xla_flags() if f.split("=")[0] not in _given)]).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax" / _host_digest()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
