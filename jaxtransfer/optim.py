@@ -15,6 +15,7 @@ from jaxtransfer.tree.partition import combine, partition
 from jaxtransfer.tree.paths import Params, flatten, map_with_path
 from jaxtransfer.tree.rules import Rule, Rules, match_paths
 from jaxtransfer.tree.stacks import layers_of, layout, run_of, stack, stacked_length
+from jaxtransfer.tree.weights import is_packed
 
 UNTRAINED = ("frozen", "stats")
 
@@ -276,6 +277,8 @@ class Row:
 def explain(params: Params, labels: Any, groups: Mapping[str, Group]) -> list[Row]:
     """What trains and what it costs, before anything is compiled: a row a label, trained ones first.
 
+    The parameters of a quantised weight are those of the matrix that it stands for, its bytes those that it takes.
+
     Args:
       params: canonical parameters, concrete or abstract.
       labels: the tree of labels.
@@ -288,6 +291,7 @@ def explain(params: Params, labels: Any, groups: Mapping[str, Group]) -> list[Ro
     check_groups(by_path, groups)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, master(leaf.dtype)), params)
     laid = stack(abstract, layout(params, labels))
+    stood_for = _stood_for(params)
     rows = []
     for name in [*groups, *(label for label in UNTRAINED if label in set(by_path.values()))]:
         leaves = {path: leaf for path, leaf in flat.items() if by_path[path] == name}
@@ -301,7 +305,7 @@ def explain(params: Params, labels: Any, groups: Mapping[str, Group]) -> list[Ro
             Row(
                 group=name,
                 leaves=len(leaves),
-                parameters=sum(int(np.prod(leaf.shape)) for leaf in leaves.values()),
+                parameters=sum(stood_for[path] for path in leaves),
                 bytes=sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves.values()),
                 dtype="/".join(sorted({str(leaf.dtype) for leaf in leaves.values()})),
                 lr=None if group is None else group.lr,
@@ -310,6 +314,16 @@ def explain(params: Params, labels: Any, groups: Mapping[str, Group]) -> list[Ro
             )
         )
     return rows
+
+
+def _stood_for(params: Params) -> dict[str, int]:
+    """Path of an array -> how many numbers of the model it is; a quantised weight's are counted at one of its parts."""
+    found = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(params).items()}
+    for path, node in flatten(params, is_leaf=is_packed).items():
+        if is_packed(node):
+            parts = [f"{path}@{field.name}" for field in dataclasses.fields(node) if f"{path}@{field.name}" in found]
+            found |= {**dict.fromkeys(parts, 0), parts[0]: int(np.prod(node.shape))}
+    return found
 
 
 def master(dtype: Any) -> Any:

@@ -5,6 +5,8 @@ import optax
 import pytest
 
 from jaxtransfer.adapt import groups
+from jaxtransfer.adapt.attaching import attach, lora
+from jaxtransfer.adapt.quantized import quantize
 from jaxtransfer.optim import NO_DECAY, OPTIMIZERS, Group, GroupError, explain, optimizer, schedule
 from jaxtransfer.step import init_state
 from jaxtransfer.tree import RuleError, flatten, layout, map_with_path, partition, stack, unstack
@@ -212,6 +214,26 @@ def test_rules_and_scales_must_cover_what_trains():
         optimizer(LABELS, {"trunk": Group()}, no_decay=[("b/.*", False, True)])
     with pytest.raises(GroupError, match="no factor for a/kernel"):
         optimizer(LABELS, {"trunk": Group()}, scales={"b/kernel": 1.0})
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_explain_counts_the_numbers_that_packed_weights_stand_for(how, adapted):
+    kernels = r"blocks/\d+/mlp/\w+/kernel"
+    src = tiny.source(hidden_size=64, intermediate_size=128)
+    packed = quantize(src, [(kernels, how)])
+    if adapted:
+        src, packed = (attach(of, [(kernels, lora(2))], jax.random.key(0)) for of in (src, packed))
+
+    def frozen(of, rules, used):
+        labels = tiny.labels_of(of, rules(src.model))
+        return {row.group: row for row in explain(of.params, labels, dict.fromkeys(used, Group()))}["frozen"]
+
+    how = (groups.adapters, ["adapter", "head"]) if adapted else (groups.head_only, ["head"])
+    whole, found = frozen(src, *how), frozen(packed, *how)
+    assert found.parameters == whole.parameters
+    assert found.bytes < whole.bytes
+    assert found.leaves > whole.leaves
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

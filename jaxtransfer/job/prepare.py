@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 
 from jaxtransfer.adapt import groups
-from jaxtransfer.adapt.quantized import packed
 from jaxtransfer.config import Config, DataConfig, ObjectiveConfig
 from jaxtransfer.data.dataset import Dataset
 from jaxtransfer.data.loader import Examples, Loader, batches
@@ -174,14 +173,9 @@ class Job:
         return dataclasses.replace(self, **how, terms=terms, sharding=sharding, features=None)
 
     def rows(self) -> list[Row]:
-        """What trains and what it costs; of packed weights, all frozen, the numbers that they stand for count."""
+        """What trains and what it costs."""
         seed = self.config.run.seed
-        params = self.adapted(seed).params
-        more = sum(int(np.prod(w.shape)) - sum(x.size for x in jax.tree.leaves(w)) for w in packed(params).values())
-        return [
-            dataclasses.replace(row, parameters=row.parameters + more) if row.group == groups.FROZEN else row
-            for row in explain({**params, **self.terms.beside(seed)}, self.labels, self.groups)
-        ]
+        return explain({**self.adapted(seed).params, **self.terms.beside(seed)}, self.labels, self.groups)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run folder this run's: its configuration but for its places, its source, its data."""

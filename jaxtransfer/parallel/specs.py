@@ -16,7 +16,7 @@ from jaxtransfer.parallel.mesh import check_automatic, parts
 from jaxtransfer.tree.paths import flatten, map_with_path
 from jaxtransfer.tree.rules import Rule, Rules, match_paths, winning_rules
 from jaxtransfer.tree.stacks import layers_of, stacked_length
-from jaxtransfer.tree.weights import Weight, is_weight
+from jaxtransfer.tree.weights import Weight, is_packed, is_weight
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -129,8 +129,8 @@ def fsdp(tree: Any, mesh: Mesh, *, axis: str = "fsdp", min_size: int = 2**12) ->
     """
     count = mesh.shape[axis]
     rules: list[Rule] = []
-    for path, leaf in flatten(tree, is_leaf=_packed).items():
-        shape = tuple(np.shape(leaf)) if not _packed(leaf) else leaf.shape
+    for path, leaf in flatten(tree, is_leaf=is_packed).items():
+        shape = tuple(np.shape(leaf)) if not is_packed(leaf) else leaf.shape
         if count == 1 or math.prod(shape) < min_size:
             continue
         order = sorted(range(len(shape)), key=lambda i: -shape[i])
@@ -141,14 +141,10 @@ def fsdp(tree: Any, mesh: Mesh, *, axis: str = "fsdp", min_size: int = 2**12) ->
     return tuple(rules)
 
 
-def _packed(node: Any) -> bool:
-    return isinstance(node, Weight) and bool(node.whole_blocks)
-
-
 def _along(path: str, leaf: Any, shape: tuple[int, ...], split: int, axis: str, count: int) -> dict[str, P]:
     """The specs of a leaf, or of a packed weight's parts, split along one dimension; none if that does not divide."""
     axes = [axis if i == split else None for i in range(len(shape))]
-    if not _packed(leaf):
+    if not is_packed(leaf):
         return {path: P(*axes[: split + 1])} if shape[split] % count == 0 else {}
     specs = leaf.specs(axes)
     sizes = [n for name, spec in specs.items() for n, own in zip(getattr(leaf, name).shape, spec, strict=False) if own]

@@ -105,6 +105,11 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, Weight)
 
 
+def is_packed(x: Any) -> bool:
+    """Whether a node is a quantised weight: its parts are not the numbers that it stands for."""
+    return isinstance(x, Weight) and bool(x.whole_blocks)
+
+
 def shares(x: Any) -> bool:
     """Whether a node is a leaf type that uses arrays kept under `SHARED`."""
     return isinstance(x, Weight) and x.shares is not None
