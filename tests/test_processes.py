@@ -292,6 +292,32 @@ def test_a_study_and_adapters_run_in_two_processes(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_phases_run_in_two_processes(world, recipe, tmp_path):
+    phases = [{"adapt": {"train": "head"}, "run": {"steps": 4}}]
+    changes = {"run": {"steps": 6, "checkpoint_every": 2, "evaluate_every": 3, "log_every": 1}, "phases": phases}
+    parent = launched(
+        recipe,
+        "--out",
+        tmp_path / "two",
+        "--phases",
+        json.dumps(phases),
+        "--run.steps",
+        "6",
+        "--run.evaluate_every",
+        "3",
+    )
+    _, errors = parent.communicate(timeout=400)
+    assert parent.returncode == 0, errors[-3000:]
+    commands.run(config_of(world, tmp_path / "one", mesh={}, **changes), console=console())
+    for part in ("phase-1", "."):
+        one, two = (
+            [line["loss"] for line in lines(tmp_path / out / part) if line["kind"] == "train"] for out in ("one", "two")
+        )
+        assert len(one) > 0
+        np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_each_of_two_processes_holds_its_own_part_of_a_model_in_memory_and_no_more():
     """The benchmark with a model of 200 MB; of 2 GB it is the benchmark's own default."""
     command = [sys.executable, str(processes.ROOT / "benchmarks" / "load.py"), "--processes", "2", "--layers", "4"]

@@ -144,8 +144,8 @@ class PrefixConfig:
 AdapterConfig = LoRAConfig | DoRAConfig | IA3Config | VeRAConfig | BottleneckConfig | PromptConfig | PrefixConfig
 
 
-def check_trained(train: str, adapters: Iterable[Any]) -> None:
-    """What is put on must train, and what is to train must be put on.
+def check_trained(train: str, adapters: Iterable[Any], *, may_wait: bool) -> None:
+    """What is put on must train, or in a phase of the head alone may wait; what is to train must be put on.
 
     Raises:
       ConfigError: it is not so.
@@ -153,7 +153,7 @@ def check_trained(train: str, adapters: Iterable[Any]) -> None:
     methods = [entry.method for entry in adapters]
     if train in ("adapters", "lora_plus") and not methods:
         raise ConfigError(f"adapters: is needed with train: {train}", "adapters")
-    if methods and train not in ("adapters", "lora_plus", "rules"):
+    if methods and train not in ("adapters", "lora_plus", "rules", *(["head"] if may_wait else [])):
         raise ConfigError(
             f"adapters: are trained by train: adapters, lora_plus or rules, got train: {train}", "adapters"
         )

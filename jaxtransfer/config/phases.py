@@ -1,6 +1,8 @@
 """Phases that come before a run: what trains in each, how, for how long; the rest is the run's own."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxtransfer.config.document import ConfigError
@@ -62,10 +64,10 @@ def phase(config: Any, index: int) -> Any:
         return dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, **idle),
-            adapt=_with(config.adapt, given.adapt, "adapt"),
+            adapt=_with(config.adapt.in_phase, given.adapt, "adapt"),
             objective=objective,
             optimizer=given.optimizer or config.optimizer,
-            run=_with(config.run, given.run, "run"),
+            run=_with(functools.partial(dataclasses.replace, config.run), given.run, "run"),
             phases=config.phases[:index],
             out=f"{config.out}/phase-{index + 1}",
         )
@@ -83,10 +85,10 @@ def read_elsewhere(phases: tuple[PhaseConfig, ...], name: str) -> bool:
     return any(each.objective is not None and readers(each.objective)[name] for each in phases)
 
 
-def _with(record: Any, given: Any, name: str) -> Any:
-    """The run's own record with what a phase says."""
+def _with(make: Callable[..., Any], given: Any, name: str) -> Any:
+    """The run's own record, made with what a phase says."""
     said = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     try:
-        return dataclasses.replace(record, **said)
+        return make(**said)
     except ConfigError as error:
         raise ConfigError(f"{name}.{error}", f"{name}.{error.path}") from None

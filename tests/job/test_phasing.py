@@ -139,3 +139,32 @@ def test_a_phase_alone_may_read_a_further_domain(world):
     phases = [{"run": {"steps": 1}, "objective": {"terms": [{"method": "mcc"}]}}]
     config = world.config(Path("x"), data={**world.raw["data"], "target": target}, phases=phases)
     assert config.phasing()[0].data.target is not None and config.objective.plain
+
+
+def test_adapters_wait_while_the_head_is_trained(world, tmp_path):
+    """The head's phase holds the adapters as they were attached, where they change nothing; the source never moves."""
+    adapt = {"train": "adapters", "adapters": [{"method": "lora", "rank": 2}]}
+    phases = [{"adapt": {"train": "head"}, "run": {"epochs": 1}}]
+    commands.run(world.config(tmp_path / "out", adapt=adapt, phases=phases), console=console())
+    page = json.loads((tmp_path / "out" / "phase-1" / "phase.json").read_text())
+    assert [row["group"] for row in page["groups"]] == ["head", "frozen"]
+    job = prepare.prepare(world.config(tmp_path / "out", adapt=adapt, phases=phases), lambda text: None)
+    start, _ = gone_through(job, None, None, None).start(0)
+    assert all(not np.any(leaf) for path, leaf in flatten(start.params).items() if path.endswith("@b"))
+    base, found = flatten(job.trunk.params), flatten(finished.adapted(tmp_path / "out").params)
+    for path, leaf in found.items():
+        if path.endswith("@b"):
+            assert np.any(leaf)
+        elif path.endswith("@base") or path in base:
+            np.testing.assert_array_equal(leaf, base[path.removesuffix("@base")])
+
+
+def test_phases_on_a_mesh_are_those_of_one_device(world, whole, tmp_path):
+    commands.run(world.config(tmp_path / "out", phases=HEAD_FIRST, mesh={"data": 2, "fsdp": 2}), console=console())
+    for part in ("phase-1", "phase-2", "."):
+        one, four = (
+            [line["loss"] for line in lines(out / part) if line["kind"] == "train"]
+            for out in (whole[0], tmp_path / "out")
+        )
+        assert len(one) == len(four) > 0
+        np.testing.assert_allclose(four, one, rtol=1e-5)
