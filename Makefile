@@ -18,7 +18,7 @@ OPTIMISED := --xla_backend_optimization_level=3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vision test test-all test-fast lint format types doctest bench docs clean
+.PHONY: help demo demo-vision test test-all test-fast test-tpu lint format types doctest bench docs clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,9 @@ test-all: $(VENV)/.test $(if $(TORCH),$(VENV)/.torch) ## the full matrix, slow t
 
 test-fast: $(VENV)/.test ## a representative subset without torch
 	JAX_PLATFORMS=cpu $(PYTEST) -m "$(FAST_MARKERS)" $(wildcard $(FAST_TESTS))
+
+test-tpu: $(VENV)/.tpu ## what the TPU compiler makes of the library's steps; no TPU is needed
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/tpu $(PYTEST) -m "tpu and not slow" tests
 
 doctest: $(VENV)/.test ## the examples in docstrings and documents only
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_docs.py jaxtransfer
@@ -81,6 +84,12 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.demo
 
 $(VENV)/.torch: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[test,torch]'
+	@touch $@
+
+# Beside the environment, not in it: jax would look for TPUs wherever it is imported.
+$(VENV)/.tpu: pyproject.toml | $(VENV)/.test
+	$(PIP) --no-deps --upgrade --target $(VENV)/tpu "$$($(BIN)/python -c 'import importlib.metadata as m; \
+	  print(next(line.split(";")[0] for line in m.requires("jax") if line.startswith("libtpu")))')"
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.test

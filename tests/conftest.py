@@ -60,6 +60,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxtransfer.plan.chips import TopologyError, check_libtpu  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 DATA_HINT = "the folder ../shared/data (or the one JAXTRANSFER_DATA names)"
@@ -92,6 +94,7 @@ def pytest_report_header(config: pytest.Config) -> str:
         "torch": _installed("torch"),
         "MiniLM": _installed(MINILM_PACKAGE),
         "data": _find_data_root() is not None,
+        "libtpu": _installed("libtpu"),
     }
     found = ", ".join(f"{name} {'found' if there else 'absent'}" for name, there in have.items())
     return f"jax {jax.__version__}, {DEVICES} simulated devices; {found}"
@@ -121,6 +124,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("torch is not installed (extra `torch`)")
     if item.get_closest_marker("data") and _find_data_root() is None:
         pytest.skip(f"{DATA_HINT} is absent")
+    if item.get_closest_marker("tpu"):
+        try:
+            check_libtpu()
+        except TopologyError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True, scope="module")

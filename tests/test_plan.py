@@ -361,15 +361,8 @@ def test_pods_name_a_slice_that_their_mesh_is(path, monkeypatch):
 # With libtpu
 
 
-@pytest.fixture
-def libtpu():
-    try:
-        check_libtpu()
-    except plan.TopologyError as error:
-        pytest.skip(str(error))
-
-
-def test_a_slice_of_tpus_is_compiled_for(made, libtpu):
+@pytest.mark.tpu
+def test_a_slice_of_tpus_is_compiled_for(made):
     page = planning.plan(made(mesh={"fsdp": 4}), "v5e:2x2", say=quiet)
     assert page["by"].startswith("libtpu") and page["fits"].startswith("yes")
     assert {row["kind"] for row in page["collectives"]} & {"all-gather", "collective-permute"}
@@ -377,7 +370,8 @@ def test_a_slice_of_tpus_is_compiled_for(made, libtpu):
         planning.plan(made(mesh={"fsdp": 9}, data={**FEW, "batch": 9}), "v5e:3x3", say=quiet)
 
 
-def test_a_slice_that_is_too_small_is_an_answer(made, libtpu):
+@pytest.mark.tpu
+def test_a_slice_that_is_too_small_is_an_answer(made):
     large = {"num_hidden_layers": 2, "vocab_size": 400_000, "hidden_size": 8192, "intermediate_size": 8192}
     page = planning.plan(made(raw=large, mesh={"fsdp": 4}), "v5e:2x2", say=quiet)
     assert page["fits"] == "no"
