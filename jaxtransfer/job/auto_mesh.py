@@ -77,7 +77,7 @@ def _memory(devices: Sequence[Any]) -> float:
 def fitting(
     config: Config, source: Source, count: int, devices: Sequence[Any] | None, memory: float, *, whole: bool
 ) -> Choice:
-    """The mesh that `choose` takes for a run and, where there is a study, for its control from scratch.
+    """The mesh that `choose` takes for a run, for its phases and, where there is a study, for its control from scratch.
 
     Args:
       config: the configuration.
@@ -87,7 +87,7 @@ def fitting(
       memory: bytes of one of them.
       whole: whether all of them must be in the mesh.
     """
-    held = [_holding(config, source.model, source.params)]
+    held = [_holding(each, source.model, source.params) for each in (config, *config.phasing())]
     if config.study is not None:
         held.append(_holding(config, source.model, abstract_init(source.model), thaw=True))
     shapes = divisible(count, config.data.batch, config.run.accumulate, whole=whole)
@@ -128,11 +128,14 @@ def _holding(config: Config, model: Model, params: Params, *, thaw: bool = False
     """Mesh -> bytes that a device of it holds of a run."""
     rules = recipe(config, model)
     labels = groups.labels_of(model, thawed(rules) if thaw else rules, params)
+    copies = 1  # of what trains: its gradient, that of the memory, the source's values
+    if not thaw:
+        copies += (config.objective.memory is not None) + bool(config.objective.anchored)
     tx = optimizer(labels, optimizer_groups(config, labels, 1, control=thaw))
 
     def held(shape: MeshConfig) -> float:
         mesh: Any = abstract_mesh(dataclasses.asdict(shape))
         state, frozen = placed_state(model, params, labels, tx, mesh=mesh, sharding=sharding_rules(mesh, model, params))
-        return sum(map(shard_bytes, jax.tree.leaves((state, frozen, state.params))))  # a gradient for what trains
+        return sum(map(shard_bytes, jax.tree.leaves((state, frozen, *[state.params] * copies))))
 
     return held

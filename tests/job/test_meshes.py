@@ -77,6 +77,21 @@ def test_the_control_of_a_study_must_fit_as_well(world, devices, monkeypatch):
     assert [prepare(config, str).mesh.shape["fsdp"] for config in (alone, both)] == [1, 2]
 
 
+def test_phases_anchors_and_a_memory_must_fit_as_well(world, devices, monkeypatch):
+    """Where all that trains fits four times, head and phase are as large as the phase, and a fifth copy is too many."""
+
+    def split(**changes):
+        return prepare(world.config(world.root / "none", mesh="auto", data__batch=8, **changes), str).mesh.shape["fsdp"]
+
+    whole = prepare(world.config(world.root / "none"), str)
+    with_memory(monkeypatch, 2 * 4.5 * sum(row.bytes for row in whole.rows()) / GIB)
+    assert split() == 1
+    assert split(objective={"terms": [{"method": "l2_sp", "alpha": 0.1}]}) == 2
+    with_memory(monkeypatch, 2 * 3.5 * sum(row.bytes for row in whole.rows()) / GIB)
+    assert split(adapt={"train": "head"}) == 1
+    assert split(adapt={"train": "head"}, phases=[{"adapt": {"train": "full"}, "run": {"steps": 1}}]) == 2
+
+
 def test_sources_of_any_size_share_copies(world, devices):
     config = world.config(world.root / "many", mesh="auto", data__batch=4)
     assert make_mesh_of(config).shape["data"] == 4
