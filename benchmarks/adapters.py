@@ -2,8 +2,8 @@
 
 BERT-L6-H384, batch 16 x 128, float32, dropout 0.1, AdamW with clipping; the head trains besides. Leaf types stand
 on all six kernels of a block (rank 8; VeRA 256), (IA)3 on keys, values and the MLP's second, the rest as METHODS says.
-rsLoRA is LoRA's program with another number. PEFT has no bottlenecks, and bitsandbytes no 4 or 8 bits on a CPU. Full
-fine-tuning is there for comparison.
+rsLoRA is LoRA's program with another number. PEFT has no bottlenecks, its prefixes find no way into the BERT of
+transformers 5, and bitsandbytes has no 4 or 8 bits on a CPU. Full fine-tuning is there for comparison.
 
 Of each: step time by the wall and by the processor's seconds of all threads, which others on the machine disturb less;
 arguments and temporaries by XLA's ``memory_analysis`` of the same compiled programs; FLOPs of the unrolled step of two
@@ -230,7 +230,6 @@ def peft_config(method):
         ),
         "vera": lambda: peft.VeraConfig(task_type="SEQ_CLS", r=VERA_RANK, target_modules=six),
         "prompt": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=POSITIONS),
-        "prefix": lambda: peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=POSITIONS),
     }.get(method, lambda: None)()
 
 

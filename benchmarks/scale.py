@@ -1,30 +1,44 @@
-"""Weak scaling from compiled plans: `python benchmarks/scale.py [--to docs/scale.svg]`; needs the extra `plan`.
+"""Weak scaling, from compiled plans and of simulated devices; the plans need the extra `plan`.
 
-Llama 3 of 8 G parameters, all of them trained, a row of 2,048 tokens a chip, on slices of v5p that double from 4 chips
-to 512 (8 x 8 x 8). Nothing runs: each step is compiled for its slice, by the compiler that would compile it there, and
-the compiler's own numbers are printed: bytes that a chip holds, and bytes that it sends in a step.
+Usage: python benchmarks/scale.py [--to docs/scale.svg] [--slices 2x2x4 ...] [--simulated ROUNDS]
+
+Plans: Llama 3 of 8 G parameters, all of them trained, a row of 2,048 tokens a chip, on slices of v5p that double from
+4 chips to 512 (8 x 8 x 8). Nothing runs: each step is compiled for its slice, by the compiler that would compile it
+there, and the compiler's own numbers are printed: bytes that a chip holds, and bytes that it sends in a step.
 
 What to expect: parameters and optimizer halve with every doubling until the mesh's `fsdp` axis is 64 long; from there
 on copies are added along `data`, and both stay. What a chip sends stays, too: each layer is gathered once a pass, so
 it is the whole model's bytes twice and its gradients' once, whatever the number of chips. Goal: no more at 512 chips
 than 1.1 times what a chip sends at 16, and no more held than at 64.
+
+Simulated devices share this machine's cores, so more of them are not faster: a step of n devices, four rows each, is
+held against the step of one device with all the rows. What is above 1 is what splitting costs.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import statistics
 from pathlib import Path
 
 import jax
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
 
+from cases import batch, recipe, source  # noqa: E402
+from step import interleaved  # noqa: E402
+
+import jaxtransfer as jt  # noqa: E402
 from jaxtransfer import config, plan  # noqa: E402
 from jaxtransfer.config import ConfigError  # noqa: E402
 from jaxtransfer.job import blueprints, meshes  # noqa: E402
+from jaxtransfer.objectives import cross_entropy  # noqa: E402
+from jaxtransfer.parallel import make_mesh, sharding_rules  # noqa: E402
 from jaxtransfer.report.axes import WIDTH, axis, svg, text  # noqa: E402
 from jaxtransfer.report.markup import join, tag  # noqa: E402
+from jaxtransfer.step import shard_batch  # noqa: E402
 
 SLICES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 CONFIG = Path(__file__).resolve().parent.parent / "configs/pods/llama-3-8b-full-v5p.yaml"
@@ -74,20 +88,55 @@ def drawn(rows):
         parts += [tag("line", x1=46, x2=WIDTH - 14, y1=y(tick), y2=y(tick), class_="grid")]
         parts += [text(f"{y.label(tick)} GB", 42, y(tick) + 4, "end")]
     parts += [text(str(row["chips"]), x(math.log2(row["chips"])), 225, "middle") for row in rows]
-    for key, words in (("held", "held by a chip"), ("sent", "sent by a chip in a step")):
+    parts.append(text("chips", WIDTH - 14, 241, "end"))
+    for key, words, below in (("held", "held by a chip", -8), ("sent", "sent by a chip in a step", 18)):
         places = [(x(math.log2(row["chips"])), y(row[key] / 1e9)) for row in rows]
         parts.append(tag("polyline", points=" ".join(f"{a},{b}" for a, b in places), class_=key))
         parts += [tag("circle", cx=a, cy=b, r=3, class_=key) for a, b in places]
-        parts.append(tag("text", words, x=places[-1][0], y=places[-1][1] - 8, text_anchor="end", class_=key))
-    found = svg(join(parts), 232, "Bytes that a chip holds and sends, by the number of chips of a v5p slice")
+        parts.append(tag("text", words, x=places[-1][0], y=places[-1][1] + below, text_anchor="end", class_=key))
+    found = svg(join(parts), 248, "Bytes that a chip holds and sends, by the number of chips of a v5p slice")
     return found.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def runner(axes, rows):
+    """A step of BERT-L2-H384 on a mesh, or on one device, ready to be called again and again."""
+    src = source(layers=2)
+    labels = jt.groups.labels_of(src.model, recipe("full", src.model), src.params)
+    used = sorted(set(jax.tree.leaves(labels)))
+    tx = jt.optimizer(labels, {name: jt.Group(lr=1e-4) for name in used}, clip=1.0)
+    mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())]) if axes else None
+    how = {"mesh": mesh, "sharding": sharding_rules(mesh, src.model, src.params)} if mesh else {}
+    state, frozen = jt.init_state(src.model, src.params, labels, tx, jax.random.key(0), **how)
+    step, data, held = jt.make_step(src.model, cross_entropy(), tx, **how), batch(rows, 64), [state]
+
+    def run():
+        held[0], metrics = step(held[0], frozen, shard_batch(data, mesh))
+        return metrics["loss"].block_until_ready()
+
+    return run
+
+
+def simulated(rounds):
+    """A row for every number of devices and kind of mesh: milliseconds, and over those of one device."""
+    print(f"{'devices':>8}{'mesh':>10}{'rows':>6}{'one device ms':>15}{'these ms':>10}{'ratio':>7}")
+    for name in ("data", "fsdp"):
+        for count in (1, 2, 4, 8):
+            rows = 4 * count
+            times = interleaved({"one": runner({}, rows), "these": runner({name: count}, rows)}, rounds)
+            ratio = statistics.median(b / a for a, b in zip(times["one"], times["these"], strict=True))
+            one, these = (1e3 * statistics.median(times[of]) for of in ("one", "these"))
+            print(f"{count:>8}{name:>10}{rows:>6}{one:>15.0f}{these:>10.0f}{ratio:>7.2f}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, help="where the plot is written")
     parser.add_argument("--slices", nargs="+", default=SLICES, help="of v5p")
+    parser.add_argument("--simulated", type=int, metavar="ROUNDS", help="simulated devices instead of plans")
     options = parser.parse_args()
+    if options.simulated:
+        simulated(options.simulated)
+        return
     rows = []
     for name in options.slices:
         rows.append(measured(name))
