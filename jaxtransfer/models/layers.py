@@ -155,14 +155,15 @@ def attention(
     # For heads that share nothing an axis of length one would cost copies of the scores: XLA moves the others about it.
     g, sizes = ("", (heads,)) if heads == kv_heads else ("g", (kv_heads, heads // kv_heads))
     q = q.reshape(*q.shape[:-1], *sizes, d) * (d**-0.5 if scale is None else scale)
-    k, v = (x.reshape(*x.shape[:-1], kv_heads, d) for x in (k, v))
-    scores = jnp.einsum(f"btk{g}d,bskd->bk{g}ts", q, k, preferred_element_type=at_least_float32(q.dtype))
+    # Heads before tokens, written out: left to the products, XLA's forward pass takes 1.2 times as long on a CPU.
+    q, k, v = (jnp.moveaxis(x, 1, -2) for x in (q, *(x.reshape(*x.shape[:-1], kv_heads, d) for x in (k, v))))
+    scores = jnp.einsum(f"bk{g}td,bksd->bk{g}ts", q, k, preferred_element_type=at_least_float32(q.dtype))
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     mask = jnp.expand_dims(mask, (*range(1, 1 + len(sizes)), *([-2] if mask.ndim == 2 else [])))
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     probs = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
-    y = jnp.einsum(f"bk{g}ts,bskd->btk{g}d", probs, v)
+    y = jnp.moveaxis(jnp.einsum(f"bk{g}ts,bksd->bk{g}td", probs, v), -2, 1)
     return y.reshape(*y.shape[:2], heads * d)
 
 
