@@ -103,8 +103,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def _draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform integers below 2^16, each by its place alone, so that they are the same on every mesh.
 
-    A block of threefry is 64 random bits. `jax.random` makes one number of it and dropout is the better part of what
-    it then costs; here it makes four.
+    A block of threefry is 64 random bits. `jax.random` makes one number of them, here they make four: drawing is most
+    of what dropout costs.
     """
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, shape, "uint16").astype(jnp.uint32)
