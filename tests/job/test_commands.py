@@ -126,8 +126,9 @@ def test_every_field_of_the_configuration_is_read(ran, world, monkeypatch, tmp_p
     made = prepare.prepare(gallery.config(world.root / "x", task=images), print)
     next(made.loader("train", train=True))
     read = reads.fields | ran[3]
+    public = [kind for kind in SCHEMA if not kind.__name__.startswith("_")]  # the others are these with another rule
     every = {
-        (kind.__name__, field.name) for kind in SCHEMA for field in dataclasses.fields(kind) if field.name != "kind"
+        (kind.__name__, field.name) for kind in public for field in dataclasses.fields(kind) if field.name != "kind"
     }
     assert every - read == set()
 
@@ -203,9 +204,10 @@ def test_evaluate_gives_the_numbers_of_the_run(ran, world):
 
 
 def test_predict_one_and_many(ran):
-    one = list(job.predict(ran[0], ["the lamp was lovely"]))
-    many = list(job.predict(ran[0], ["a cold dull film", "the lamp was lovely", *["the good book"] * 5]))
-    assert [row["text"] for row in many[:2]] == ["a cold dull film", "the lamp was lovely"]
+    bad, good = "a film and dull dull dull", "the lamp was lovely lovely lovely"  # as the training texts say it
+    one = list(job.predict(ran[0], [good]))
+    many = list(job.predict(ran[0], [bad, good, *["the good book"] * 5]))
+    assert [row["text"] for row in many[:2]] == [bad, good]
     assert [row["label"] for row in many[:2]] == ["negative", "positive"]
     assert many[1]["label"] == one[0]["label"]
     assert many[1]["probability"] == pytest.approx(one[0]["probability"], rel=1e-5)
