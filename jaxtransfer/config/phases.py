@@ -1,8 +1,6 @@
 """Phases that come before a run: what trains in each, how, for how long; the rest is the run's own."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxtransfer.config.document import ConfigError
@@ -64,10 +62,10 @@ def phase(config: Any, index: int) -> Any:
         return dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, **idle),
-            adapt=_with(config.adapt.in_phase, given.adapt, "adapt"),
+            adapt=_with(config.adapt, given.adapt, "adapt", may_wait=True),
             objective=objective,
             optimizer=given.optimizer or config.optimizer,
-            run=_with(functools.partial(dataclasses.replace, config.run), given.run, "run"),
+            run=_with(config.run, given.run, "run"),
             phases=config.phases[:index],
             out=f"{config.out}/phase-{index + 1}",
         )
@@ -85,10 +83,10 @@ def read_elsewhere(phases: tuple[PhaseConfig, ...], name: str) -> bool:
     return any(each.objective is not None and readers(each.objective)[name] for each in phases)
 
 
-def _with(make: Callable[..., Any], given: Any, name: str) -> Any:
-    """The run's own record, made with what a phase says."""
+def _with(record: Any, given: Any, name: str, **more: Any) -> Any:
+    """The run's own record with what a phase says."""
     said = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     try:
-        return make(**said)
+        return dataclasses.replace(record, **said, **more)
     except ConfigError as error:
         raise ConfigError(f"{name}.{error}", f"{name}.{error.path}") from None

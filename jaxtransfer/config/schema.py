@@ -1,7 +1,7 @@
 """What a run is, as frozen records: every field is read by ``job``, and checks its own range."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from jaxtransfer.config.adapters import AdapterConfig, Quantization, check_trained
 from jaxtransfer.config.checks import at_least, check, increasing
@@ -93,26 +93,16 @@ class AdaptConfig:
     untie: bool = False
     quantize: tuple[tuple[str, Quantization], ...] = ()
     adapters: tuple[AdapterConfig, ...] = ()
-    may_wait: ClassVar[bool] = False
+    may_wait: dataclasses.InitVar[bool] = False  # of a phase that trains the head alone: the adapters are the run's
 
-    def __post_init__(self) -> None:
-        check_trained(self.train, self.adapters, may_wait=self.may_wait)
+    def __post_init__(self, may_wait: bool) -> None:
+        check_trained(self.train, self.adapters, may_wait=may_wait)
         at_least(self, 1, "last")
         for field in ("last", "rules"):
             given = getattr(self, field) not in (None, ())
             if given != (self.train == field):
                 need = "is only read" if given else "is needed"
                 raise ConfigError(f"{field}: {need} with train: {field}, got train: {self.train}", field)
-
-    def in_phase(self, **said: Any) -> "AdaptConfig":
-        """That of a phase, with what it says itself."""
-        return _PhaseAdaptConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | said)
-
-
-class _PhaseAdaptConfig(AdaptConfig):
-    """While a head is trained alone, the run's adapters are there and wait for their turn."""
-
-    may_wait = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
