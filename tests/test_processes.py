@@ -295,25 +295,15 @@ def test_a_study_and_adapters_run_in_two_processes(recipe, tmp_path):
 def test_phases_run_in_two_processes(world, recipe, tmp_path):
     phases = [{"adapt": {"train": "head"}, "run": {"steps": 4}}]
     changes = {"run": {"steps": 6, "checkpoint_every": 2, "evaluate_every": 3, "log_every": 1}, "phases": phases}
-    parent = launched(
-        recipe,
-        "--out",
-        tmp_path / "two",
-        "--phases",
-        json.dumps(phases),
-        "--run.steps",
-        "6",
-        "--run.evaluate_every",
-        "3",
-    )
+    options = ["--phases", json.dumps(phases), "--run.steps", "6", "--run.evaluate_every", "3"]
+    parent = launched(recipe, "--out", tmp_path / "two", *options)
     _, errors = parent.communicate(timeout=400)
     assert parent.returncode == 0, errors[-3000:]
     commands.run(config_of(world, tmp_path / "one", mesh={}, **changes), console=console())
     for part in ("phase-1", "."):
-        one, two = (
-            [line["loss"] for line in lines(tmp_path / out / part) if line["kind"] == "train"] for out in ("one", "two")
-        )
-        assert len(one) > 0
+        runs = (tmp_path / "one" / part, tmp_path / "two" / part)
+        one, two = ([line["loss"] for line in lines(run) if line["kind"] == "train"] for run in runs)
+        assert len(one) == len(two) > 0
         np.testing.assert_allclose(two, one, rtol=1e-5)
 
 

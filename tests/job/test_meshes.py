@@ -78,7 +78,7 @@ def test_the_control_of_a_study_must_fit_as_well(world, devices, monkeypatch):
 
 
 def test_phases_anchors_and_a_memory_must_fit_as_well(world, devices, monkeypatch):
-    """Where all that trains fits four times, head and phase are as large as the phase, and a fifth copy is too many."""
+    """Where all that trains fits four times, a fifth copy is too many, and a phase counts as the run does."""
 
     def split(**changes):
         return prepare(world.config(world.root / "none", mesh="auto", data__batch=8, **changes), str).mesh.shape["fsdp"]
@@ -87,6 +87,8 @@ def test_phases_anchors_and_a_memory_must_fit_as_well(world, devices, monkeypatc
     with_memory(monkeypatch, 2 * 4.5 * sum(row.bytes for row in whole.rows()) / GIB)
     assert split() == 1
     assert split(objective={"terms": [{"method": "l2_sp", "alpha": 0.1}]}) == 2
+    before = {**world.raw["data"], "batch": 8, "replay": {"path": world.data["test"]}}
+    assert split(objective={"memory": "a_gem"}, data=before) == 2
     with_memory(monkeypatch, 2 * 3.5 * sum(row.bytes for row in whole.rows()) / GIB)
     assert split(adapt={"train": "head"}) == 1
     assert split(adapt={"train": "head"}, phases=[{"adapt": {"train": "full"}, "run": {"steps": 1}}]) == 2

@@ -162,9 +162,7 @@ def test_adapters_wait_while_the_head_is_trained(world, tmp_path):
 def test_phases_on_a_mesh_are_those_of_one_device(world, whole, tmp_path):
     commands.run(world.config(tmp_path / "out", phases=HEAD_FIRST, mesh={"data": 2, "fsdp": 2}), console=console())
     for part in ("phase-1", "phase-2", "."):
-        one, four = (
-            [line["loss"] for line in lines(out / part) if line["kind"] == "train"]
-            for out in (whole[0], tmp_path / "out")
-        )
+        runs = (whole[0] / part, tmp_path / "out" / part)
+        one, four = ([line["loss"] for line in lines(run) if line["kind"] == "train"] for run in runs)
         assert len(one) == len(four) > 0
         np.testing.assert_allclose(four, one, rtol=1e-5)
