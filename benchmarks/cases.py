@@ -6,6 +6,7 @@ import numpy as np
 from jaxtransfer import Lineage, Source, groups, heads, init, optim, swap_head
 from jaxtransfer.models import family
 from jaxtransfer.objectives import cross_entropy
+from jaxtransfer.parallel import sharding_rules
 from jaxtransfer.step import init_state, make_step
 
 HIDDEN, LAYERS, HEADS, INNER, VOCABULARY = 384, 6, 12, 1536, 30522
@@ -46,13 +47,14 @@ def ours(case, src, *, remat=None):
     return started(src, recipe(case, src.model), remat=remat)
 
 
-def started(src, rules, *, remat=None):
+def started(src, rules, *, remat=None, mesh=None):
     """The library's state, frozen part and step where ``rules`` say what trains; the labels and the optimizer."""
+    where = {} if mesh is None else {"mesh": mesh, "sharding": sharding_rules(mesh, src.model, src.params)}
     labels = groups.labels_of(src.model, rules, src.params)
     used = sorted(set(jax.tree.leaves(labels)) - {"frozen"})
     tx = optim.optimizer(labels, {name: optim.Group(lr=1e-4) for name in used}, clip=1.0)
-    state, frozen = init_state(src.model, src.params, labels, tx, jax.random.key(2))
-    return state, frozen, make_step(src.model, cross_entropy(), tx, remat=remat), labels, tx
+    state, frozen = init_state(src.model, src.params, labels, tx, jax.random.key(2), **where)
+    return state, frozen, make_step(src.model, cross_entropy(), tx, remat=remat, **where), labels, tx
 
 
 def plain_parts(case, layers=LAYERS):

@@ -27,15 +27,13 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-from cases import batch, recipe, source  # noqa: E402
+from cases import batch, recipe, source, started  # noqa: E402
 from step import interleaved  # noqa: E402
 
-import jaxtransfer as jt  # noqa: E402
 from jaxtransfer import config, plan  # noqa: E402
 from jaxtransfer.config import ConfigError  # noqa: E402
 from jaxtransfer.job import blueprints, meshes  # noqa: E402
-from jaxtransfer.objectives import cross_entropy  # noqa: E402
-from jaxtransfer.parallel import make_mesh, sharding_rules  # noqa: E402
+from jaxtransfer.parallel import make_mesh  # noqa: E402
 from jaxtransfer.report.axes import WIDTH, axis, svg, text  # noqa: E402
 from jaxtransfer.report.markup import join, tag  # noqa: E402
 from jaxtransfer.step import shard_batch  # noqa: E402
@@ -101,13 +99,9 @@ def drawn(rows):
 def runner(axes, rows):
     """A step of BERT-L2-H384 on a mesh, or on one device, ready to be called again and again."""
     src = source(layers=2)
-    labels = jt.groups.labels_of(src.model, recipe("full", src.model), src.params)
-    used = sorted(set(jax.tree.leaves(labels)))
-    tx = jt.optimizer(labels, {name: jt.Group(lr=1e-4) for name in used}, clip=1.0)
     mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())]) if axes else None
-    how = {"mesh": mesh, "sharding": sharding_rules(mesh, src.model, src.params)} if mesh else {}
-    state, frozen = jt.init_state(src.model, src.params, labels, tx, jax.random.key(0), **how)
-    step, data, held = jt.make_step(src.model, cross_entropy(), tx, **how), batch(rows, 64), [state]
+    state, frozen, step, _, _ = started(src, recipe("full", src.model), mesh=mesh)
+    data, held = batch(rows, 64), [state]
 
     def run():
         held[0], metrics = step(held[0], frozen, shard_batch(data, mesh))
