@@ -151,8 +151,8 @@ def make_step(
 ) -> Step:
     """A jitted training step.
 
-    ``g = grad(loss)`` over ``state.params`` only, ``u = tx(g)``, ``params + u``. A step whose loss or gradient is not
-    finite leaves the state as it was, bit for bit, and says so in ``metrics["finite"]``.
+    ``g = grad(loss)`` over ``state.params`` only, ``u = tx(g)``, ``params + u``. A step whose loss or gradient, or that
+    of the memory, is not finite leaves the state as it was, bit for bit, and says so in ``metrics["finite"]``.
 
     A mapping among the batch's entries is a further domain: its rows run through the same parameters, behind the
     batch's, and the objective finds them in ``view.domains``.
@@ -241,6 +241,8 @@ def make_step(
         grads = _pin(grads, mesh, sharding)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if extra:
+            finite &= jnp.isfinite(optax.tree.norm(extra["reference"]))
 
         def accepted(old: State) -> State:
             updates, opt_state = update(grads, old.opt_state, old.params, norm=norm, **extra)

@@ -120,7 +120,9 @@ class Source:
     """A pre-trained model: its stages, its parameters under canonical paths, where they come from, its other files.
 
     Attributes:
-      assets: ``"config"`` -> the raw config dictionary; ``"files"`` -> the paths of tokenizer and processor files.
+      assets: ``"config"`` -> the raw config dictionary; ``"files"`` -> the paths of tokenizer and processor files;
+        ``"image_size"`` -> (H, W), where it was changed since they were written; ``"processor"`` -> how images are
+        prepared, where that is known better than from the file.
     """
 
     model: Model
@@ -167,7 +169,8 @@ class View:
       step: the number of accepted updates.
       trained: the differentiated leaves alone, None elsewhere.
       domains: name -> the view of a further domain's rows; that of `TARGET` has no labels.
-      constants: what is known beforehand and does not change: ``anchor``, the source's values of the trained leaves.
+      constants: what is known beforehand and does not change: ``anchor``, the source's values of the trained leaves;
+        ``statistics``, its running statistics.
       terms: `State.terms`.
       model: the model, for terms that run it again.
       dtype: of its activations.

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.objectives.rows import mean, ones
+
 _WIDEST = 4096
 
 
@@ -68,7 +70,8 @@ def domain_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Binary cross-entropy of a discriminator, the mean of both domains' means, and its accuracy likewise.
 
-    ``(E_s[-log sigmoid(z)] + E_t[-log sigmoid(-z)]) / 2``: log 2 and 1/2 where it tells nothing.
+    ``(E_s[-log sigmoid(z)] + E_t[-log sigmoid(-z)]) / 2``: log 2 and 1/2 where it tells nothing. Ganin et al. write
+    the sum, twice as much.
 
     Args:
       source: (B,) logits.
@@ -81,16 +84,10 @@ def domain_loss(
       >>> round(float(loss), 4)
       0.6931
     """
-    s, t = (lambda x: _mean(x, source_weights)), (lambda x: _mean(x, target_weights))
+    s, t = (lambda x: mean(x, source_weights)), (lambda x: mean(x, target_weights))
     loss = s(-jax.nn.log_sigmoid(source)) + t(-jax.nn.log_sigmoid(-target))
     hits = s((source > 0).astype(jnp.float32)) + t((target < 0).astype(jnp.float32))
     return loss / 2.0, hits / 2.0
-
-
-def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-    if weights is None:
-        return jnp.mean(values)
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
 
 
 def conditioned(features: jax.Array, logits: jax.Array) -> jax.Array:
@@ -115,7 +112,7 @@ def conditioned(features: jax.Array, logits: jax.Array) -> jax.Array:
     if (width := features.shape[1] * logits.shape[1]) > _WIDEST:
         raise ValueError(
             f"conditioned: {features.shape[1]} features x {logits.shape[1]} classes are {width}, more than {_WIDEST}; "
-            "see random_map"
+            "give `random`, the width of a random map of them (random_map)"
         )
     p = jax.lax.stop_gradient(jax.nn.softmax(logits, axis=-1))
     return (features[:, :, None] * p[:, None, :]).reshape(len(features), width)
@@ -137,15 +134,18 @@ def random_map(key: jax.Array, features: jax.Array, logits: jax.Array, width: in
     return of_features * of_classes / width**0.5
 
 
-def entropy_weights(logits: jax.Array) -> jax.Array:
+def entropy_weights(logits: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
     """Weights of rows that are predicted surely, ``1 + exp(-H)``, with mean 1 and without gradient (CDAN+E).
 
     Args:
       logits: (B, C).
+      weights: (B,), 0 for rows of padding, or None.
 
     Returns:
-      (B,).
+      (B,), 0 for rows of padding.
     """
     logp = jax.nn.log_softmax(logits, axis=-1)
-    weights = jax.lax.stop_gradient(1.0 + jnp.exp(jnp.sum(jnp.exp(logp) * logp, axis=-1)))
-    return weights / jnp.mean(weights)
+    counted = ones(logits, weights)
+    certain = jax.lax.stop_gradient(1.0 + jnp.exp(jnp.sum(jnp.exp(logp) * logp, axis=-1)))
+    middle = mean(certain, weights)
+    return counted * certain / jnp.where(middle > 0, middle, 1.0)

@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtransfer.objectives.rows import mean
 
-def logit_loss(student: jax.Array, teacher: jax.Array, temperature: float = 2.0) -> jax.Array:
+
+def logit_loss(
+    student: jax.Array, teacher: jax.Array, temperature: float = 2.0, *, weights: jax.Array | None = None
+) -> jax.Array:
     """``T^2 mean_i KL(softmax(teacher / T) || softmax(student / T))``, the teacher without gradient.
 
     Hinton et al. 2015, arXiv:1503.02531; learning without forgetting (Li & Hoiem 2016, arXiv:1606.09282) takes T = 2.
@@ -17,6 +21,7 @@ def logit_loss(student: jax.Array, teacher: jax.Array, temperature: float = 2.0)
       student: (B, C) logits.
       teacher: (B, C) logits.
       temperature: T > 0.
+      weights: (B,) of the rows, or None for 1.
 
     Example:
       >>> z = jnp.array([[1.0, 2.0]])
@@ -27,10 +32,17 @@ def logit_loss(student: jax.Array, teacher: jax.Array, temperature: float = 2.0)
         raise ValueError(f"logit_loss: temperature must be positive, got {temperature}")
     told = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature, axis=-1)
     said = jax.nn.log_softmax(student / temperature, axis=-1)
-    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(told) * (told - said), axis=-1))
+    return temperature**2 * mean(jnp.sum(jnp.exp(told) * (told - said), axis=-1), weights)
 
 
-def feature_loss(student: jax.Array, teacher: jax.Array, channels: jax.Array | None = None) -> jax.Array:
+def feature_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    channels: jax.Array | None = None,
+    *,
+    mask: jax.Array | None = None,
+    weights: jax.Array | None = None,
+) -> jax.Array:
     """``mean_i sum_j w_j (s_ij - t_ij)^2 / 2``, the teacher without gradient; weighted by channel it is DELTA.
 
     Li et al. 2019, arXiv:1901.09229, with the weights of `channel_weights`. A mean over rows, so that its weight does
@@ -40,6 +52,8 @@ def feature_loss(student: jax.Array, teacher: jax.Array, channels: jax.Array | N
       student: (B, ..., d) features.
       teacher: of the same shape.
       channels: w (d,), or None for 1.
+      mask: (B, T) of features (B, T, d), 0 where a token is padding; None counts all.
+      weights: (B,) of the rows, or None for 1.
 
     Example:
       >>> float(feature_loss(jnp.ones((2, 3)), jnp.zeros((2, 3))))
@@ -49,7 +63,9 @@ def feature_loss(student: jax.Array, teacher: jax.Array, channels: jax.Array | N
     squares = apart * apart
     if channels is not None:
         squares = squares * jnp.expand_dims(channels, tuple(range(squares.ndim - 1)))
-    return jnp.mean(jnp.sum(squares.reshape(len(squares), -1), axis=1)) / 2.0
+    if mask is not None:
+        squares = squares * mask.astype(squares.dtype)[..., None]
+    return mean(jnp.sum(squares.reshape(len(squares), -1), axis=1), weights) / 2.0
 
 
 def channel_weights(loss: Callable[[jax.Array], jax.Array], features: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -77,10 +93,11 @@ def channel_weights(loss: Callable[[jax.Array], jax.Array], features: jax.Array,
     return features.shape[-1] * jax.nn.softmax((without - loss(features)) / temperature)
 
 
-def symmetric_divergence(first: jax.Array, second: jax.Array) -> jax.Array:
+def symmetric_divergence(first: jax.Array, second: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
     """``mean_i KL(p_i || q_i) + KL(q_i || p_i)`` of two sets of logits (B, C), with gradients to both.
 
     R3F (Aghajanyan et al. 2021, arXiv:2008.03156) takes it between an input and the same with noise on its embeddings.
+    ``weights`` (B,) are of the rows.
 
     Example:
       >>> z = jnp.array([[1.0, 2.0]])
@@ -88,7 +105,7 @@ def symmetric_divergence(first: jax.Array, second: jax.Array) -> jax.Array:
       0.0
     """
     p, q = jax.nn.log_softmax(first, axis=-1), jax.nn.log_softmax(second, axis=-1)
-    return jnp.mean(jnp.sum((jnp.exp(p) - jnp.exp(q)) * (p - q), axis=-1))
+    return mean(jnp.sum((jnp.exp(p) - jnp.exp(q)) * (p - q), axis=-1), weights)
 
 
 def class_relation(probabilities: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -117,11 +134,12 @@ def class_relation(probabilities: np.ndarray, labels: np.ndarray, classes: int) 
     return np.stack([probabilities[labels == c].mean(axis=0) for c in range(classes)])
 
 
-def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
     """``-mean_i sum_z t_iz log softmax(z_i)_z``, targets without gradient: Co-Tuning's second term.
 
     Args:
       logits: (B, Z).
       targets: (B, Z) probabilities, such as ``relation[labels]``.
+      weights: (B,) of the rows, or None for 1.
     """
-    return -jnp.mean(jnp.sum(jax.lax.stop_gradient(targets) * jax.nn.log_softmax(logits, axis=-1), axis=-1))
+    return -mean(jnp.sum(jax.lax.stop_gradient(targets) * jax.nn.log_softmax(logits, axis=-1), axis=-1), weights)

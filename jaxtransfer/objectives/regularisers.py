@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.objectives.rows import ones
 from jaxtransfer.tree.paths import Params, flatten, map_with_path
 
 
@@ -98,7 +99,7 @@ def mixout(params: Params, anchor: Params, key: jax.Array, probability: float) -
     return map_with_path(mixed, params)
 
 
-def spectral_shrinkage(features: jax.Array, k: int = 1) -> jax.Array:
+def spectral_shrinkage(features: jax.Array, k: int = 1, *, weights: jax.Array | None = None) -> jax.Array:
     """Batch spectral shrinkage: the sum of the k smallest squared singular values of a batch (Chen et al. 2019).
 
     "Catastrophic forgetting meets negative transfer". By singular values alone, whose gradient is finite where two are
@@ -107,6 +108,7 @@ def spectral_shrinkage(features: jax.Array, k: int = 1) -> jax.Array:
     Args:
       features: (B, d).
       k: how many, at most min(B, d).
+      weights: (B,), 0 for rows of padding, or None: the values are those of the matrix of rows that count.
 
     Raises:
       ValueError: k is out of range.
@@ -117,7 +119,11 @@ def spectral_shrinkage(features: jax.Array, k: int = 1) -> jax.Array:
     """
     if not 1 <= k <= min(features.shape):
         raise ValueError(f"spectral_shrinkage: k must be from 1 to {min(features.shape)}, got {k}")
-    smallest = jnp.linalg.svd(features, compute_uv=False)[-k:]
+    counted = ones(features, weights) > 0
+    values = jnp.linalg.svd(jnp.where(counted[:, None], features, 0.0), compute_uv=False)
+    rank = jnp.minimum(jnp.sum(counted), features.shape[1])  # a row of zeros adds a value of zero behind the others
+    at = rank - 1 - jnp.arange(k)
+    smallest = jnp.where(at >= 0, values[jnp.maximum(at, 0)], 0.0)
     return jnp.sum(smallest * smallest)
 
 

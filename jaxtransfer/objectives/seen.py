@@ -29,12 +29,10 @@ def boundary(model: Model, layer: str | None = None) -> str:
 def features(view: View, layer: str) -> jax.Array:
     """The captured activations at a boundary as rows, (B, d) float32: means over unmasked tokens, or over positions.
 
-    Rows of padding are replaced by rows that count, in turn: statistics of a batch are those of its examples.
-
     Raises:
       ValueError: the boundary was not captured.
     """
-    return repeated(view, pooled(_captured(view, layer), view.batch))
+    return pooled(_captured(view, layer), view.batch)
 
 
 def pooled(hidden: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -48,7 +46,7 @@ def pooled(hidden: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def logits(view: View) -> jax.Array:
-    """The logits of rows that count, (B, C) float32, as `features`.
+    """The logits, (B, C) float32.
 
     Raises:
       ValueError: they are not one row an example.
@@ -56,24 +54,18 @@ def logits(view: View) -> jax.Array:
     found = view.outputs["logits"]
     if found.ndim != 2:
         raise ValueError(f"terms of predictions read logits (B, C), one row an example; the model gives {found.shape}")
-    return repeated(view, found.astype(jnp.float32))
+    return found.astype(jnp.float32)
 
 
-def repeated(view: View, rows: jax.Array) -> jax.Array:
-    """The rows of a batch, those of padding (weight 0) replaced by the others in turn."""
-    return rows[_order(view)]
+def weights(view: View) -> jax.Array:
+    """The weights of the rows, (B,) float32: 0 of those of padding."""
+    return view.batch["weight"].astype(jnp.float32)
 
 
-def repeated_batch(view: View) -> dict[str, jax.Array]:
-    """The batch with its rows of padding replaced likewise."""
-    order = _order(view)
-    return {name: value[order] for name, value in view.batch.items()}
-
-
-def _order(view: View) -> jax.Array:
-    counts = view.batch["weight"] > 0
-    order = jnp.argsort(~counts, stable=True)
-    return order[jnp.arange(len(order)) % jnp.maximum(jnp.sum(counts), 1)]
+def token_mask(view: View, hidden: jax.Array) -> jax.Array | None:
+    """Which tokens of activations (B, T, d) are none of padding, (B, T); None of others."""
+    mask = view.batch.get("attention_mask")
+    return mask if mask is not None and hidden.ndim == 3 and mask.shape == hidden.shape[:2] else None
 
 
 def behind(view: View, layer: str, hidden: jax.Array, head: Params | None = None) -> jax.Array:
@@ -93,9 +85,21 @@ def behind(view: View, layer: str, hidden: jax.Array, head: Params | None = None
 
 
 def again(view: View, trained: Params, *, capture: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The outputs of the rows under other values of the trained leaves, in evaluation mode: a teacher's."""
-    swapped = _swapped(view.params, {name: node for name, node in trained.items() if name != AUX})
-    return apply(_model(view), swapped, view.batch, capture=capture, dtype=view.dtype)
+    """The outputs of the rows under other values of the trained leaves, in evaluation mode: a teacher's.
+
+    Raises:
+      ValueError: running statistics move, and ``view.constants["statistics"]`` does not say what the teacher's are.
+    """
+    model = _model(view)
+    params = _swapped(view.params, {name: node for name, node in trained.items() if name != AUX})
+    if view.outputs.get("stats"):
+        if "statistics" not in view.constants:
+            raise ValueError(
+                "the model's running statistics move, and with them a teacher that has none of its own; "
+                "with_constants(frozen, anchor=state.params, statistics=state.stats) gives it those of the start"
+            )
+        params = _swapped(params, view.constants["statistics"])
+    return apply(model, params, view.batch, capture=capture, dtype=view.dtype)
 
 
 def model_params(view: View) -> Params:

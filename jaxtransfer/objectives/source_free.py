@@ -3,20 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.objectives.rows import mean, ones
 
-def entropy(logits: jax.Array) -> jax.Array:
+
+def entropy(logits: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
     """``mean_i H(softmax(z_i))`` in nats: what TENT minimises (Wang et al. 2021, arXiv:2006.10726).
 
     There only the scales and shifts of normalisations train, under the batch's own statistics.
 
     Args:
       logits: (B, C).
+      weights: (B,) of the rows, or None for 1.
 
     Example:
       >>> round(float(entropy(jnp.zeros((2, 4)))), 4)
       1.3863
     """
-    return jnp.mean(_entropies(jax.nn.log_softmax(logits, axis=-1)))
+    return mean(_entropies(jax.nn.log_softmax(logits, axis=-1)), weights)
 
 
 def _entropies(logp: jax.Array) -> jax.Array:
@@ -24,13 +27,14 @@ def _entropies(logp: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.where(jnp.isfinite(logp), jnp.exp(logp) * logp, 0.0), axis=-1)
 
 
-def information_maximisation(logits: jax.Array) -> jax.Array:
+def information_maximisation(logits: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
     """``mean_i H(p_i) - H(mean_i p_i)``: sure of each row, and of no class for all (SHOT: Liang et al. 2020).
 
     arXiv:2002.08546, equations 4 and 5. At least ``-log C``, and at most 0.
 
     Args:
       logits: (B, C), of the target; the classifier behind the features is frozen.
+      weights: (B,), 0 for rows of padding, or None.
 
     Example:
       >>> sure, unsure = 100.0 * jnp.eye(4), jnp.zeros((2, 4))
@@ -38,8 +42,11 @@ def information_maximisation(logits: jax.Array) -> jax.Array:
       (0.0, -1.3863)
     """
     logp = jax.nn.log_softmax(logits, axis=-1)
-    mean = jax.nn.logsumexp(logp, axis=0) - jnp.log(len(logits))
-    return jnp.mean(_entropies(logp)) - _entropies(mean)
+    counted = ones(logits, weights)
+    total = jnp.sum(counted)
+    shares = jnp.where(total > 0, counted, 1.0) / jnp.where(total > 0, total, float(len(logits)))
+    middle = jax.nn.logsumexp(logp, axis=0, b=shares[:, None])
+    return jnp.where(total > 0, mean(_entropies(logp), counted) - _entropies(middle), 0.0)
 
 
 def centroid_labels(features: jax.Array, logits: jax.Array, rounds: int = 2) -> jax.Array:

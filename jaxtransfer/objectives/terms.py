@@ -1,6 +1,7 @@
 """An objective as a sum of scheduled terms, each a function of the `View`; and the terms, method by method."""
 
 import dataclasses
+import functools
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxtransfer.models.api import apply, run_span
 from jaxtransfer.objectives import adversarial, discrepancy, distillation, regularisers, seen, source_free
 from jaxtransfer.objectives.losses import Objective
+from jaxtransfer.objectives.rows import mean
 from jaxtransfer.tree.paths import Params, flatten, unflatten
 from jaxtransfer.types import AUX, TARGET, Model, View
 
@@ -192,7 +194,7 @@ def spectral_shrinkage(layer: str, k: int = 1, *, weight: float | Schedule = 1e-
     """`regularisers.spectral_shrinkage` of the features of a batch: BSS."""
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
-        return regularisers.spectral_shrinkage(seen.features(view, layer), k), {}
+        return regularisers.spectral_shrinkage(seen.features(view, layer), k, weights=seen.weights(view)), {}
 
     return Term("bss", loss, weight, (layer,))
 
@@ -201,23 +203,23 @@ def r3f(layer: str, scale: float = 1e-5, *, weight: float | Schedule = 1.0) -> T
     """`distillation.symmetric_divergence` of the predictions with and without noise on the embeddings.
 
     Noise is uniform in ``[-scale, scale]`` at the boundary ``layer`` (Aghajanyan et al. 2021, arXiv:2008.03156). Both
-    predictions are taken in evaluation mode, so that dropout is no part of the divergence.
+    predictions are taken in evaluation mode, so that dropout is no part of the divergence, and in float32: noise of
+    this size is less than half precision can tell.
     """
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
         assert view.model is not None and view.key is not None
         entry = next(stage.writes[0] for stage in view.model.stages if stage.name == layer)
-        params = seen.model_params(view)
-        clean = run_span(view.model, params, view.batch, None, layer, dtype=view.dtype)
+        params, dtype = seen.model_params(view), jnp.promote_types(view.dtype or jnp.float32, jnp.float32)
+        clean = run_span(view.model, params, view.batch, None, layer, dtype=dtype)
         key = jax.random.fold_in(view.key, _NOISE)
         noise = jax.random.uniform(key, clean[entry].shape, jnp.float32, -scale, scale)
         noisy = {**clean, entry: clean[entry] + noise.astype(clean[entry].dtype)}
         first, second = (
-            run_span(view.model, params, carry, layer, None, dtype=view.dtype)["logits"].astype(jnp.float32)
+            run_span(view.model, params, carry, layer, None, dtype=dtype)["logits"].astype(jnp.float32)
             for carry in (clean, noisy)
         )
-        first, second = seen.repeated(view, first), seen.repeated(view, second)
-        return distillation.symmetric_divergence(first, second), {}
+        return distillation.symmetric_divergence(first, second, weights=seen.weights(view)), {}
 
     return Term("r3f", loss, weight)
 
@@ -225,18 +227,19 @@ def r3f(layer: str, scale: float = 1e-5, *, weight: float | Schedule = 1.0) -> T
 def lwf(temperature: float = 2.0, *, weight: float | Schedule = 1.0) -> Term:
     """`distillation.logit_loss` to the source's own predictions on the batch: learning without forgetting.
 
-    The source is ``constants["anchor"]`` under the frozen leaves, so its head must be the run's.
+    The source is ``constants["anchor"]`` under the frozen leaves, so its head must be the run's; where running
+    statistics move, with its own as ``constants["statistics"]``.
     """
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
         teacher = seen.again(view, _anchor(view, "lwf"))["logits"].astype(jnp.float32)
-        return distillation.logit_loss(seen.logits(view), seen.repeated(view, teacher), temperature), {}
+        return distillation.logit_loss(seen.logits(view), teacher, temperature, weights=seen.weights(view)), {}
 
     return Term("lwf", loss, weight, anchored=True)
 
 
 def feature_distillation(layers: Sequence[str], *, weight: float | Schedule = 0.01) -> Term:
-    """`distillation.feature_loss` to the source's activations at boundaries, the sum over them.
+    """`distillation.feature_loss` to the source's activations at boundaries, the sum over them; as `lwf`.
 
     With ``constants["delta"]``, boundary -> weights (d,) of its channels (`distillation.channel_weights`), it is DELTA.
     """
@@ -246,8 +249,8 @@ def feature_distillation(layers: Sequence[str], *, weight: float | Schedule = 0.
         channels, apart = view.constants.get("delta", {}), jnp.zeros((), jnp.float32)
         for layer in layers:
             own, teacher = (x.astype(jnp.float32) for x in (seen.captured(view, layer), taught[layer]))
-            own, teacher = seen.repeated(view, own), seen.repeated(view, teacher)
-            apart += distillation.feature_loss(own, teacher, channels.get(layer))
+            mask, weights = seen.token_mask(view, own), seen.weights(view)
+            apart += distillation.feature_loss(own, teacher, channels.get(layer), mask=mask, weights=weights)
         return apart, {}
 
     return Term("feature_distillation", loss, weight, tuple(layers), anchored=True)
@@ -263,8 +266,8 @@ def co_tuning(layer: str, *, weight: float | Schedule = 2.3) -> Term:
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
         head = view.params[AUX]["co_tuning"]
         logits = seen.features(view, layer) @ head["kernel"] + head["bias"][None, :]
-        labels = seen.repeated(view, view.batch["labels"])
-        return distillation.soft_cross_entropy(logits, view.constants["relation"][labels]), {}
+        taught = view.constants["relation"][view.batch["labels"]]
+        return distillation.soft_cross_entropy(logits, taught, weights=seen.weights(view)), {}
 
     return Term("co_tuning", loss, weight, (layer,))
 
@@ -295,12 +298,15 @@ def mmd(
     weight: float | Schedule = 1.0,
 ) -> Term:
     """`discrepancy.mmd` between the features of the batch and of the target: DAN."""
-    return _between("mmd", lambda s, t: discrepancy.mmd(s, t, scales, unbiased=unbiased), layer, weight)
+    return _between("mmd", functools.partial(discrepancy.mmd, scales=scales, unbiased=unbiased), layer, weight)
 
 
 def _between(name: str, distance: Callable[..., jax.Array], layer: str, weight: float | Schedule) -> Term:
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
-        return distance(seen.features(view, layer), seen.features(view.domains[TARGET], layer)), {}
+        both = (view, view.domains[TARGET])
+        source, target = (seen.features(rows, layer) for rows in both)
+        counted = dict(zip(("source_weights", "target_weights"), map(seen.weights, both), strict=True))
+        return distance(source, target, **counted), {}
 
     return Term(name, loss, weight, (layer,), (TARGET,))
 
@@ -314,7 +320,7 @@ def dann(layer: str, steps: int, *, width: int = 256, weight: float | Schedule =
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
         source, target = seen.features(view, layer), seen.features(view.domains[TARGET], layer)
-        return _adversarial(view, "dann", source, target, steps)
+        return _adversarial(view, "dann", source, target, steps, seen.weights(view), seen.weights(view.domains[TARGET]))
 
     def aux(model: Model, key: jax.Array, shapes: Shapes) -> Params:
         return adversarial.init_discriminator(key, shapes.features[layer], width)
@@ -349,7 +355,9 @@ def cdan(
             inputs = [adversarial.conditioned(*each) for each in found]
         else:
             inputs = [adversarial.random_map(jax.random.key(0), *each, random) for each in found]
-        weights = [adversarial.entropy_weights(z) for _, z in found] if entropy else [None, None]
+        weights = [seen.weights(each) for each in rows]
+        if entropy:
+            weights = [adversarial.entropy_weights(z, weights=w) for (_, z), w in zip(found, weights, strict=True)]
         return _adversarial(view, "cdan", inputs[0], inputs[1], steps, *weights)
 
     def aux(model: Model, key: jax.Array, shapes: Shapes) -> Params:
@@ -360,7 +368,7 @@ def cdan(
 
 
 def _adversarial(
-    view: View, name: str, source: jax.Array, target: jax.Array, steps: int, *weights: jax.Array | None
+    view: View, name: str, source: jax.Array, target: jax.Array, steps: int, *weights: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
     scale = adversarial.ramp(jnp.minimum(view.step.astype(jnp.float32) / steps, 1.0))
     told = [
@@ -373,7 +381,7 @@ def _adversarial(
 
 def mcc(temperature: float = 2.5, *, weight: float | Schedule = 1.0) -> Term:
     """`discrepancy.class_confusion` of the target's predictions."""
-    return _of_target("mcc", lambda z: discrepancy.class_confusion(z, temperature), weight)
+    return _of_target("mcc", functools.partial(discrepancy.class_confusion, temperature=temperature), weight)
 
 
 def entropy(*, weight: float | Schedule = 1.0) -> Term:
@@ -390,16 +398,19 @@ def pseudo_labels(threshold: float = 0.95, *, weight: float | Schedule = 1.0) ->
     """Cross-entropy of the target to its own sure predictions (Lee 2013), over the rows that are sure."""
 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
-        z = seen.logits(view.domains[TARGET])
+        rows = view.domains[TARGET]
+        z, counted = seen.logits(rows), seen.weights(rows)
         labels, kept = source_free.confident_labels(z, threshold)
-        return source_free.pseudo_label_loss(z, labels, kept), {"kept": jnp.mean(kept.astype(jnp.float32))}
+        share = mean(kept.astype(jnp.float32), counted)
+        return source_free.pseudo_label_loss(z, labels, kept & (counted > 0)), {"kept": share}
 
     return Term("pseudo_labels", loss, weight, domains=(TARGET,))
 
 
-def _of_target(name: str, of: Callable[[jax.Array], jax.Array], weight: float | Schedule) -> Term:
+def _of_target(name: str, of: Callable[..., jax.Array], weight: float | Schedule) -> Term:
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
-        return of(seen.logits(view.domains[TARGET])), {}
+        rows = view.domains[TARGET]
+        return of(seen.logits(rows), weights=seen.weights(rows)), {}
 
     return Term(name, loss, weight, domains=(TARGET,))
 
@@ -416,11 +427,12 @@ def centroid_labels(layer: str, momentum: float = 0.95, *, weight: float | Sched
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
         rows = view.domains[TARGET]
         z, f = seen.logits(rows), source_free.unit(jax.lax.stop_gradient(seen.features(rows, layer)))
-        held = view.terms["centroid_labels"]
-        sums = momentum * held + jax.lax.stop_gradient(jax.nn.softmax(z, axis=-1)).T @ f
+        held, counted = view.terms["centroid_labels"], seen.weights(rows)
+        p = counted[:, None] * jax.lax.stop_gradient(jax.nn.softmax(z, axis=-1))
+        sums = momentum * held + p.T @ f
         labels = jnp.argmax(f @ source_free.normalised(sums).T, axis=-1)
-        agreed = jnp.mean((labels == jnp.argmax(z, axis=-1)).astype(jnp.float32))
-        value = source_free.pseudo_label_loss(z, labels, jnp.ones(len(z), bool))
+        agreed = mean((labels == jnp.argmax(z, axis=-1)).astype(jnp.float32), counted)
+        value = source_free.pseudo_label_loss(z, labels, counted > 0)
         return value, {"agreed": agreed, "state": sums}
 
     def state(shapes: Shapes) -> jax.Array:
@@ -445,8 +457,8 @@ def mcd(objective: Objective, layer: str, *, weight: float | Schedule = 1.0) -> 
     def loss(view: View) -> tuple[jax.Array, dict[str, Any]]:
         target, second = view.domains[TARGET], view.params[AUX]["mcd"]
         hidden = adversarial.reverse_gradient(seen.captured(target, layer), 1.0)
-        first, other = (seen.repeated(target, seen.behind(target, layer, hidden, head)) for head in (None, second))
-        apart = discrepancy.classifier_discrepancy(first, other)
+        first, other = (seen.behind(target, layer, hidden, head) for head in (None, second))
+        apart = discrepancy.classifier_discrepancy(first, other, weights=seen.weights(target))
         own = seen.behind(view, layer, seen.captured(view, layer), second)
         task, _ = objective(dataclasses.replace(view, outputs={**view.outputs, "logits": own}))
         return task - apart, {"apart": apart}

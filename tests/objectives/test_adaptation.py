@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtransfer.objectives import adversarial, discrepancy, source_free
+from jaxtransfer.objectives import adversarial, discrepancy, distillation, regularisers, source_free
 
 exactly = settings(max_examples=3, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
@@ -215,3 +215,52 @@ BAD = {
 def test_what_cannot_be_is_told(what):
     with pytest.raises(ValueError, match=r"at least|must be"):
         BAD[what]()
+
+
+def discriminated(s, t, w=None, v=None):
+    return adversarial.domain_loss(s[:, 0], t[:, 0], w, v)[0]
+
+
+BY_ROWS = {
+    "entropy": lambda s, t, w=None, v=None: source_free.entropy(t, weights=v),
+    "information_maximisation": lambda s, t, w=None, v=None: source_free.information_maximisation(t, weights=v),
+    "mcc": lambda s, t, w=None, v=None: discrepancy.class_confusion(t, weights=v),
+    "mcd": lambda s, t, w=None, v=None: discrepancy.classifier_discrepancy(t, 2.0 * t, weights=v),
+    "coral": lambda s, t, w=None, v=None: discrepancy.coral(s, t, source_weights=w, target_weights=v),
+    "mmd": lambda s, t, w=None, v=None: discrepancy.mmd(s, t, source_weights=w, target_weights=v),
+    "unbiased mmd": lambda s, t, w=None, v=None: discrepancy.mmd(
+        s, t, unbiased=True, source_weights=w, target_weights=v
+    ),
+    "dann": discriminated,
+    "cdan": lambda s, t, w=None, v=None: discriminated(
+        s, t, adversarial.entropy_weights(s, weights=w), adversarial.entropy_weights(t, weights=v)
+    ),
+    "lwf": lambda s, t, w=None, v=None: distillation.logit_loss(t, 2.0 * t, weights=v),
+    "r3f": lambda s, t, w=None, v=None: distillation.symmetric_divergence(t, 2.0 * t, weights=v),
+    "distillation": lambda s, t, w=None, v=None: distillation.feature_loss(t, 2.0 * t, weights=v),
+    "co-tuning": lambda s, t, w=None, v=None: distillation.soft_cross_entropy(t, jnp.abs(t), weights=v),
+    "bss": lambda s, t, w=None, v=None: regularisers.spectral_shrinkage(t, 2, weights=v),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_of_padding_change_nothing(name):
+    """Of any number: the value and the gradient are those of the rows that count alone."""
+    loss = BY_ROWS[name]
+    for n, m in ((5, 2), (2, 4)):
+        s, t = rows(n, n), rows(n + 10, m) + 0.5
+        wanted, slopes = jax.value_and_grad(loss, argnums=(0, 1))(s, t)
+        padded = [jnp.concatenate([x, jnp.full((6 - len(x), 3), 50.0)]) for x in (s, t)]
+        counted = [jnp.asarray(np.arange(6) < len(x), jnp.float32) for x in (s, t)]
+        found, bent = jax.value_and_grad(loss, argnums=(0, 1))(*padded, *counted)
+        assert float(found) == pytest.approx(float(wanted), rel=1e-5, abs=1e-6)
+        for x, g in zip(bent, slopes, strict=True):
+            np.testing.assert_allclose(x[: len(g)], g, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(x[len(g) :], 0.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_a_domain_of_padding_alone_is_nothing(name):
+    s, none = rows(0), jnp.zeros(6)
+    value, slopes = jax.value_and_grad(BY_ROWS[name], argnums=(0, 1))(s, s, none, none)
+    assert float(value) == 0.0 and finite(slopes)
