@@ -37,8 +37,8 @@ def extract(
     """Activations of a frozen model at stage boundaries, in evaluation mode, in one pass over the data.
 
     ``mean``: ``sum_t m_t h_t / sum_t m_t`` over the tokens of ``attention_mask``, over all positions of what has none;
-    ``first``: ``h_0``, the class token; ``tokens``: every real token, or every position of an image, by itself.
-    What has no positions, (B, d), stays as it is.
+    ``first``: the first of these, the class token; ``tokens``: every real token, or every position of an image, by
+    itself. What has no positions, (B, d), stays as it is.
 
     Args:
       source: a model and its parameters, canonical or laid out; stages behind the last boundary do not run.
@@ -75,7 +75,7 @@ def extract(
         mask = batch.get("attention_mask")
         found = {name: pooled(name, carry["captured"][name], mask, pooling) for name in names}
         kept = {name: batch[name] for name in ("index", "weight") if name in batch}
-        out = {"features": found, "lengths": None if mask is None else jnp.sum(mask, axis=1), **kept}
+        out = {"features": found, "mask": None if mask is None else mask > 0, **kept}
         return out if mesh is None else jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P()))
 
     found = [_real(part) for part in ahead(jax.jit(forward), params, batches, mesh)]
@@ -102,6 +102,8 @@ def pooled(name: str, x: jax.Array, mask: Any, pooling: Pooling) -> jax.Array:
         return x[:, None] if pooling == "tokens" else x
     if x.ndim not in (3, 4) or (pooling == "first" and x.ndim == 4):
         raise FeatureError(f"pooling: {name} gives activations {x.shape}, of which {pooling!r} is not defined")
+    if pooling == "first" and mask is not None:
+        return x[jnp.arange(len(x)), jnp.argmax(mask, axis=1)]  # behind the padding, where that is on the left
     if pooling == "first":
         return x[:, 0]
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -155,7 +157,7 @@ def _real(part: Mapping[str, Any]) -> dict[str, Any]:
         kept = part.get("weight", np.ones(rows)) > 0
     return {
         "index": part["index"][kept] if "index" in part else None,
-        "lengths": None if part["lengths"] is None else part["lengths"][kept],
+        "mask": None if part["mask"] is None else part["mask"][kept],
         "features": {name: x[kept] for name, x in part["features"].items()},
     }
 
@@ -170,13 +172,13 @@ def _in_order(found: Sequence[Mapping[str, Any]], names: Sequence[str], pooling:
         return {name: np.concatenate([part["features"][name] for part in found])[order] for name in names}
     out = {}
     for name in names:
-        rows = [row for part in found for row in _tokens(part["features"][name], part["lengths"])]
+        rows = [row for part in found for row in _tokens(part["features"][name], part["mask"])]
         out[name] = [rows[i] for i in order]
     return out
 
 
-def _tokens(x: np.ndarray, lengths: np.ndarray | None) -> list[np.ndarray]:
+def _tokens(x: np.ndarray, mask: np.ndarray | None) -> list[np.ndarray]:
     """Of each row its real tokens; all positions of what is no text."""
-    if lengths is None or x.shape[1] == 1:
+    if mask is None or x.shape[1] == 1:
         return [row.copy() for row in x]
-    return [row[:length].copy() for row, length in zip(x, lengths, strict=True)]
+    return [row[real] for row, real in zip(x, mask, strict=True)]

@@ -113,9 +113,11 @@ def choose(
         raise ProbeError("choose: no strengths to choose from")
     part = folds(np.asarray(y), min(count, len(x)), seed)
     kept = jnp.asarray(part[None, :] != np.arange(part.max() + 1)[:, None], x.dtype)
-    losses, residual = _held_out(x, y, kept, jnp.asarray(strengths, x.dtype), classes, probe, loss)
-    if not np.isfinite(losses).all() or not np.isfinite(residual).all():
-        raise ProbeError(f"choose: no number came of the strength {strengths[int(np.isfinite(losses).argmin())]:g}")
+    losses, residual, goal = _held_out(x, y, kept, jnp.asarray(strengths, x.dtype), classes, probe, loss)
+    for strength, value, left, least in zip(strengths, losses, residual, goal, strict=True):
+        if not np.isfinite(value) or not left <= least:
+            told = f"the gradient is {left:.1e}, not {least:.1e}" if np.isfinite(value) else "no number came of it"
+            raise ProbeError(f"choose: strength {strength:g}: {told}; leave it out, or take a stronger penalty")
     found = np.asarray(losses, np.float64)
     return Choice(float(strengths[int(found.argmin())]), tuple(found.tolist()))
 
@@ -123,11 +125,13 @@ def choose(
 @functools.partial(jax.jit, static_argnames=("classes", "probe", "loss"))
 def _held_out(
     x: jax.Array, y: jax.Array, kept: jax.Array, strengths: jax.Array, classes: int, probe: Probe, loss: Loss
-) -> tuple[jax.Array, jax.Array]:
-    def one(weights: jax.Array, strength: jax.Array) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """By strength: the mean loss, the gradient that is left at most, and what it had to come down to."""
+
+    def one(weights: jax.Array, strength: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         fitted = probe(x, y, classes, strength, weights=weights)
-        return jnp.sum((1.0 - weights) * loss(fitted(x), y)), fitted.residual
+        return jnp.sum((1.0 - weights) * loss(fitted(x), y)), fitted.residual, fitted.goal
 
     over_strengths = jax.vmap(one, in_axes=(None, 0))
-    sums, residuals = jax.vmap(over_strengths, in_axes=(0, None))(kept, strengths)
-    return jnp.sum(sums, axis=0) / len(x), jnp.max(residuals)
+    sums, residuals, goals = jax.vmap(over_strengths, in_axes=(0, None))(kept, strengths)
+    return jnp.sum(sums, axis=0) / len(x), jnp.max(residuals, axis=0), goals[0]

@@ -27,11 +27,13 @@ class Linear:
       kernel: (d, C).
       bias: (C,).
       residual: scalar; the largest entry of the gradient that is left where the fit ended, 0 of a closed form.
+      goal: scalar; what it had to come down to.
     """
 
     kernel: jax.Array
     bias: jax.Array
     residual: jax.Array
+    goal: jax.Array
 
     def __call__(self, features: ArrayLike) -> jax.Array:
         """The scores (M, C) of features (M, d); for `logistic` they are logits."""
@@ -86,7 +88,7 @@ def _ridge(x: jax.Array, y: jax.Array, w: jax.Array, penalty: jax.Array, classes
     small = s <= max(x.shape) * jnp.finfo(s.dtype).eps * s[0]
     gain = jnp.where(small, 0.0, s / jnp.where(small, 1.0, s * s + penalty))
     kernel = vt.T @ (gain[:, None] * (u.T @ (root * (t - level[None, :]))))
-    return Linear(kernel, level - mean @ kernel, jnp.zeros((), x.dtype))
+    return Linear(kernel, level - mean @ kernel, *jnp.zeros((2,), x.dtype))
 
 
 def logistic(
@@ -117,7 +119,7 @@ def logistic(
 
     Raises:
       ProbeError: shapes, labels or a strength that do not fit, a class without examples, or no convergence. In traced
-        code, where it cannot be raised, ``residual`` tells of the last.
+        code, where it cannot be raised, ``residual`` and ``goal`` tell of the last.
 
     Example:
       >>> probe = logistic([[0.0], [1.0], [4.0], [5.0]], [0, 0, 1, 1], classes=2, C=10.0)
@@ -163,7 +165,7 @@ def _logistic(
     bias = theta["bias"] - mean @ kernel
     if classes == 2:
         kernel, bias = jnp.concatenate([-kernel, kernel], axis=1) / 2.0, jnp.concatenate([-bias, bias]) / 2.0
-    return Linear(kernel, bias, residual)
+    return Linear(kernel, bias, residual, jnp.asarray(goal, x.dtype))
 
 
 def minimise(objective: Callable[[Any], jax.Array], start: Any, goal: Any, steps: int) -> tuple[Any, jax.Array]:
@@ -231,7 +233,7 @@ def standardised(probe: Probe) -> Probe:
         inverse = jnp.where(flat, 0.0, 1.0 / jnp.where(flat, 1.0, deviation))
         found = probe((x - mean[None, :]) * inverse[None, :], labels, classes, strength, weights=weights, **options)
         kernel = found.kernel * inverse[:, None]
-        return Linear(kernel, found.bias - mean @ kernel, found.residual)
+        return Linear(kernel, found.bias - mean @ kernel, found.residual, found.goal)
 
     return fit
 

@@ -53,6 +53,13 @@ def test_rows_are_in_the_order_of_the_examples_and_padding_counts_nowhere(found)
     assert all(found[how]["blocks/1"].dtype == np.float32 for how in ("mean", "first"))
 
 
+def test_padding_may_be_on_the_left():
+    source = from_function(lambda p, x: x @ p["w"], {"w": jnp.eye(1)})
+    batch = {"inputs": np.array([[[9.0], [9.0], [1.0], [2.0]]], np.float32), "attention_mask": np.array([[0, 0, 1, 1]])}
+    found = {how: extract(source, [batch], pooling=how)["body"][0].tolist() for how in ("mean", "first", "tokens")}
+    assert found == {"mean": [1.5], "first": [1.0], "tokens": [[1.0], [2.0]]}
+
+
 def test_what_has_no_positions_stays_as_it_is(found):
     row = examples().ragged["input_ids"][2]
     pooled = alone(tiny.source(), "pooler", row)

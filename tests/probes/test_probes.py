@@ -1,5 +1,7 @@
 """Probes: exact where there is a closed form, equal to scikit-learn where there is none, refused by name."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,6 +201,7 @@ def test_of_equally_good_strengths_the_first_is_chosen():
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+HASTY = functools.partial(probes.logistic, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +226,7 @@ X, Y = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
         (lambda: probes.folds([0, 0, 1], 2), "class 1 has one example"),
         (lambda: probes.folds(Y, 5), "5 parts of 4 examples; take 2 to 4"),
         (lambda: probes.choose(X, Y, 2, []), "no strengths"),
+        (lambda: probes.choose(X, [0, 0, 1, 1], 2, [1e-4, 1e3], probe=HASTY, count=2), "strength 1000: the gradient"),
         (lambda: probes.choose(X, [0, 1, 1, 1], 2, [1.0]), "class 0 of 2 has 1 examples, at least 2 are"),
     ],
 )

@@ -69,6 +69,19 @@ def test_ledoit_wolf_is_scikit_learns(digits):
         np.testing.assert_allclose(ours, theirs.covariance_, atol=1e-15)
 
 
+def test_of_equal_classes_the_one_with_the_nearest_wins():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 2)), rng.integers(0, 4, 200)
+    apart = ((x[:, None] - x[None]) ** 2).sum(-1)
+    np.fill_diagonal(apart, np.inf)
+    for k in (4, 5, 8):
+        hits = []
+        for i, row in enumerate(np.argsort(apart, axis=1)[:, :k]):
+            votes = np.bincount(y[row], minlength=4)
+            hits.append(next(y[j] for j in row if votes[y[j]] == votes.max()) == y[i])
+        assert scores.knn(x, y, k=k) == np.mean(hits)
+
+
 def test_knn_is_scikit_learns(digits):
     neighbors = pytest.importorskip("sklearn.neighbors")
     x, y = digits[0][:300], digits[1][:300]
