@@ -315,3 +315,18 @@ def test_a_text_is_continued_in_pieces():
     assert len(found) > 1
     with pytest.raises(GenerationError, match="prompt: '' has no tokens; the tokenizer's start is '<s>'"):
         stream_text(model, params, tokenizer, "", max_new_tokens=1)
+    with pytest.raises(GenerationError, match=r"prompt: holds '.ud800' at character 1, half of a surrogate pair"):
+        stream_text(model, params, tokenizer, "a\ud800", max_new_tokens=1)
+
+
+def test_a_text_follows_the_prompt_and_not_what_ends_a_text():
+    """The tokenizer puts an end behind every text, and no model was trained on what comes after it."""
+    from tokenizers import processors
+
+    ended, (model, params) = byte_tokenizer.__wrapped__(), tiny(vocab_size=258)
+    ended.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ended.eos_token_id)]
+    )
+    assert ended("ab")["input_ids"][-1] == ended.eos_token_id
+    texts = ["".join(stream_text(model, params, each, "ab", max_new_tokens=NEW)) for each in (ended, byte_tokenizer())]
+    assert texts[0] == texts[1]

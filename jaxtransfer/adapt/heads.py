@@ -82,7 +82,10 @@ def swap_head(source: Source, head: Head, key: jax.Array) -> Source:
         f"swap_head({head.kind}, labels={list(head.labels)}, new: {', '.join(new) or 'nothing'}; "
         f"dropped: {', '.join(dropped) or 'nothing'})"
     )
-    return dataclasses.replace(source, model=model, params={**kept, **new}, lineage=_noted(source, note))
+    # Whether labels exclude each other was said of the head that is gone.
+    raw = {key: value for key, value in source.assets.get("config", {}).items() if key != "problem_type"}
+    assets = {**source.assets, "config": raw} if "config" in source.assets else source.assets
+    return dataclasses.replace(source, model=model, params={**kept, **new}, lineage=_noted(source, note), assets=assets)
 
 
 def _root(stage: Stage) -> str:

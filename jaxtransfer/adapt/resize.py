@@ -200,4 +200,5 @@ def _rebuilt(source: Source, config: Mapping[str, Any], changes: Params, note: s
     params = unflatten({**flatten(source.params, is_leaf=is_weight), **changes})
     diff(abstract_init(model), params, dtypes=False).check(note)
     lineage = dataclasses.replace(source.lineage, operations=(*source.lineage.operations, note))
-    return dataclasses.replace(source, model=model, params=params, lineage=lineage)
+    sizes = {"image_size": config["image_size"]} if "image_size" in config else {}
+    return dataclasses.replace(source, model=model, params=params, lineage=lineage, assets={**source.assets, **sizes})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxtransfer.data.catalogs import first_line
-from jaxtransfer.data.dataset import DataError, Dataset, Row
+from jaxtransfer.data.dataset import DataError, Dataset, Row, half_character
 from jaxtransfer.data.documents import Document, document, encode_pieces, spelled
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -38,6 +38,8 @@ def chats(dataset: Dataset, tokenizer: Any, template: str | None = None) -> list
     for i, row in enumerate(dataset.rows):
         messages = _messages(row)
         text = _render(row, messages, tokenizer, chosen)
+        if half := half_character(text):
+            raise DataError(f"{row.where}: messages, rendered, hold {half}")
         ids, ends = next(encode_pieces([text], tokenizer))
         count = _marked if _MARKS.search(chosen) else _turns
         found.append(document(i, ids, spelled(text, ends), count(row, messages, ids, tokenizer, chosen)))

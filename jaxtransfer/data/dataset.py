@@ -3,12 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtransfer.tree.paths import natural
+
+_WHOLE = re.compile(r"\s*[+-]?\d+\s*")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class DataError(ValueError):
@@ -57,7 +61,7 @@ class Dataset:
         """The texts of a column, none of them blank.
 
         Raises:
-          DataError: a value that is no text or an empty one, with its line.
+          DataError: a value that is no text or an empty one, or holds half a character, with its line.
         """
         for row in self.rows:
             value = row.values[column]
@@ -65,6 +69,8 @@ class Dataset:
                 raise DataError(f"{row.where}: {column} is {value!r}, expected a text")
             if not value.strip():
                 raise DataError(f"{row.where}: {column} is empty")
+            if half := half_character(value):
+                raise DataError(f"{row.where}: {column} holds {half}")
         return [row.values[column] for row in self.rows]
 
     def classes(self, column: str, *, multi_label: bool = False) -> tuple[str, ...]:
@@ -79,7 +85,9 @@ class Dataset:
         return tuple(sorted(found, key=natural))
 
     def class_ids(self, column: str, labels: Sequence[str]) -> np.ndarray:
-        """Each label's position among ``labels``: (N,) int32. A whole number that is no name counts into ``labels``.
+        """Each label's position among ``labels``: (N,) int32.
+
+        A whole number that is no name counts into ``labels``, unless these are whole numbers in another order.
 
         Raises:
           DataError: a label that is not among them, with its line.
@@ -95,7 +103,7 @@ class Dataset:
         """Which of ``labels`` each row has: (N, C) float32 of 0 and 1.
 
         A value is a list of names, a text of names with ``|`` between them (empty for none), one whole number that
-        counts into ``labels``, or a vector of C zeros and ones.
+        counts into ``labels`` as in :meth:`class_ids`, or a vector of C zeros and ones.
 
         Raises:
           DataError: a label that is not among them, or a vector of another length, with its line.
@@ -165,6 +173,17 @@ def label_of(row: Row, column: str) -> str:
     raise DataError(f"{row.where}: {column} is {value!r}, expected a name or a whole number")
 
 
+def half_character(text: str) -> str | None:
+    r"""What a text holds that no encoding has, for a message; JSON can spell half of a pair of surrogates alone.
+
+    Example:
+      >>> half_character("good \ud800")
+      "'\\ud800' at character 5, half of a surrogate pair"
+    """
+    found = _HALF.search(text)
+    return found and f"{found[0]!r} at character {found.start()}, half of a surrogate pair"
+
+
 def _several(row: Row, column: str) -> list[str] | np.ndarray:
     """The labels of a row that may have any number of them: by name, or a vector (C,) of 0 and 1."""
     value = row.values[column]
@@ -181,8 +200,10 @@ def _several(row: Row, column: str) -> list[str] | np.ndarray:
 
 
 def _index(labels: Sequence[str]) -> dict[str, int]:
-    """Label -> position, the names first; a whole number that is no name counts."""
+    """Label -> position, the names first; a whole number that is no name counts, where it can mean nothing else."""
     names = {label: i for i, label in enumerate(labels)}
+    if any(_WHOLE.fullmatch(label) and label != str(i) for label, i in names.items()):
+        return names  # of classes 1 to 5, a 0 is a mistake and not the first
     return names | {str(i): i for i in range(len(labels)) if str(i) not in names}
 
 

@@ -70,10 +70,9 @@ def plain(dataset: Dataset, tokenizer: Any) -> tuple[list[Document], tuple[str, 
 def completions(dataset: Dataset, tokenizer: Any) -> tuple[list[Document], tuple[str, ...]]:
     """What follows a prompt, of which alone the tokens are targets: the columns ``prompt`` and ``completion``.
 
-    The prompt's tokens are those of the prompt alone, as when a model is asked; the beginning-of-sequence token is
-    before it where the tokenizer itself puts one. The completion's are the rest of the two together; where together
-    they are cut differently at the seam, which the notes count, those of the completion alone. It ends in the
-    end-of-sequence token.
+    The prompt's tokens are those of the prompt alone, as when a model is asked: `prompt_tokens`. The completion's are
+    the rest of the two together; where together they are cut differently at the seam, which the notes count, those of
+    the completion alone. It ends in the end-of-sequence token.
 
     Returns:
       The documents, and notes for the log.
@@ -82,20 +81,20 @@ def completions(dataset: Dataset, tokenizer: Any) -> tuple[list[Document], tuple
       DataError: a value that is no text or an empty one.
     """
     prompts, texts = dataset.strings("prompt"), dataset.strings("completion")
-    bos, own = tokenizer.bos_token_id, tokenizer.backend_tokenizer.encode("").ids
-    start, end = own[:1] if own[:1] == [bos] else [], _some(tokenizer.eos_token_id)
+    start, end = len(next(prompt_tokens([""], tokenizer))), _some(tokenizer.eos_token_id)
     whole = encode_pieces([prompt + text for prompt, text in zip(prompts, texts, strict=True)], tokenizer)
-    parts = zip(encode_pieces(prompts, tokenizer), encode_pieces(texts, tokenizer), whole, strict=True)
+    parts = zip(prompt_tokens(prompts, tokenizer), encode_pieces(texts, tokenizer), whole, strict=True)
     found, seams = [], 0
-    for i, ((prompt, _), (ids, ends), (both, both_ends)) in enumerate(parts):
-        if both[: len(prompt)] == prompt:
-            ids, ends = both[len(prompt) :], [at - len(prompts[i]) for at in both_ends[len(prompt) :]]
+    for i, (prompt, (ids, ends), (both, both_ends)) in enumerate(parts):
+        before = len(prompt)
+        own = before - start
+        if both[:own] == prompt[start:]:
+            ids, ends = both[own:], [at - len(prompts[i]) for at in both_ends[own:]]
         else:
             seams += 1
-        before = len(start) + len(prompt)
         counts = np.arange(before + len(ids) + len(end)) >= before
         spells = np.pad(spelled(texts[i], ends), (before, len(end)))
-        found.append(document(i, [*start, *prompt, *ids, *end], spells, counts))
+        found.append(document(i, [*prompt, *ids, *end], spells, counts))
     told = f"{dataset.path}: {seams} of {len(found)} prompts end within a token; their completions are tokenised apart"
     return found, (told,) if seams else ()
 
@@ -138,6 +137,18 @@ def fit(
             raise DataError(f"{dataset.rows[doc.record].where}: has no target within max_length, {size} tokens")
     lost = sum(len(doc) - size for doc in over) / sum(map(len, documents))
     return cut, (f"{dataset.path}: {which} cut to {size} tokens, {lost:.1%} of all tokens left out",)
+
+
+def prompt_tokens(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The tokens of each prompt, the same in training and when a model is asked.
+
+    The beginning-of-sequence token is before them where the tokenizer itself puts one. What it puts behind a text is
+    not: a text that goes on has not ended.
+    """
+    bos, own = tokenizer.bos_token_id, tokenizer.backend_tokenizer.encode("").ids
+    start = own[:1] if own[:1] == [bos] else []
+    for ids, _ in encode_pieces(prompts, tokenizer):
+        yield [*start, *ids]
 
 
 def encode_pieces(texts: Sequence[str], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:

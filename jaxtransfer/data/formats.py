@@ -8,21 +8,28 @@ import csv
 import io
 import json
 import re
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxtransfer.data.catalogs import first_line
 from jaxtransfer.data.dataset import DataError, Row, check_columns
 
+_LIMIT = threading.Lock()
+
 
 def jsonl(data: bytes, name: str, encoding: str) -> Iterator[Row]:
-    """JSON lines: one object a line."""
+    """JSON lines: one object a line, without a key twice."""
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     for number, line in _lines(data, name, encoding):
         try:
-            values = json.loads(line)
+            values = decoder.decode(line)
+        except DataError as error:
+            raise DataError(f"{name}, line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
             problem = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
             raise DataError(f"{name}, line {number}: is not JSON ({problem}): {_short(line)}") from None
@@ -34,6 +41,17 @@ def jsonl(data: bytes, name: str, encoding: str) -> Iterator[Row]:
 def csv_(data: bytes, name: str, encoding: str, delimiter: str) -> Iterator[Row]:
     """Comma-separated values with a header line; a quoted field may hold delimiters, quotes and line ends."""
     text = decode(data, name, encoding).rstrip("\r\n")
+    with _LIMIT:  # of a field, 131,072 characters, is the whole process's and not a reader's
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, len(text)))
+        try:
+            rows = list(_csv_rows(text, name, delimiter))
+        finally:
+            csv.field_size_limit(before)
+    yield from rows
+
+
+def _csv_rows(text: str, name: str, delimiter: str) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header, line = next(reader, []), reader.line_num
@@ -98,6 +116,14 @@ def npz(data: bytes, name: str, wanted: Sequence[str]) -> Iterator[Row]:
         yield Row(
             f"{name}, row", number, {c: v.item() if np.size(v) == 1 and v.ndim < 2 else v for c, v in row.items()}
         )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
 
 
 def decode(data: bytes, name: str, encoding: str) -> str:

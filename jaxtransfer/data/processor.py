@@ -73,6 +73,23 @@ class ImageProcessor:
         """Pillow's number of the filter."""
         return FILTERS.index(self.resample)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a `preprocessor_config.json` says of it: all but that colour is turned into grey.
+
+        The two classes compute alike; a ViT's is the one that every version of transformers reads, without a crop.
+        """
+        out: dict[str, Any] = {"image_processor_type": f"{'ViT' if self.crop is None else 'Bit'}ImageProcessor"}
+        out |= {"do_convert_rgb": self.channels == 3, "do_resize": self.resize is not None}
+        if self.resize is not None:
+            side = {"shortest_edge": self.resize} if isinstance(self.resize, int) else _sides(self.resize)
+            out |= {"size": side, "resample": self.filter}
+        out["do_center_crop"] = self.crop is not None
+        if self.crop is not None:
+            out["crop_size"] = _sides(self.crop)
+        out |= {"do_rescale": True, "rescale_factor": self.rescale}
+        return {**out, "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std)}
+
     def fit(self, image: "pil.Image") -> "pil.Image":
         """The image at its size: resized, then cropped."""
         if self.resize is not None:
@@ -92,6 +109,10 @@ class ImageProcessor:
     def __call__(self, image: "pil.Image") -> np.ndarray:
         """Pixels (H, W, C) float32 of an image of mode ``L`` (one channel) or ``RGB`` (three)."""
         return self.normalise(self.fit(image))
+
+
+def _sides(size: tuple[int, int]) -> dict[str, int]:
+    return {"height": size[0], "width": size[1]}
 
 
 def _shorter(image: "pil.Image", side: int) -> tuple[int, int]:
@@ -142,7 +163,8 @@ def processor(
     """How the source prepares images: by its `preprocessor_config.json`, else to its model's size with mean, std 0.5.
 
     Args:
-      source: a model, with its files.
+      source: a model, with its files. Where its images have got another size since these were written
+        (`adapt.resize`), it is that size; where it is known how a run prepared them, that goes before the files.
       size: (H, W) of the pixels, or a square's side, instead; a centre crop keeps its part of the image.
       mean, std: instead; one value stands for every channel.
       resample: one of Pillow's filters, instead.
@@ -154,12 +176,15 @@ def processor(
         means of another number of channels.
     """
     config, ref = source.model.config, source.lineage.ref
+    size = source.assets.get("image_size") if size is None else size
     own = getattr(config, "num_channels", None)
     if channels is not None and own not in (None, channels):
         raise DataError(f"channels: {channels}, but the model takes {own} (num_channels)")
     depth = own or channels or 3
     notes: tuple[str, ...] = ()
-    if (path := source.assets.get("files", {}).get(FILE)) is not None:
+    if (known := source.assets.get("processor")) is not None:
+        how = {name: getattr(known, name) for name in ("resize", "crop", "resample", "rescale", "mean", "std")}
+    elif (path := source.assets.get("files", {}).get(FILE)) is not None:
         family = source.assets.get("config", {}).get("model_type", source.model.family)
         how = _of_file(Path(path), f"{ref}: {FILE}", family)
     else:

@@ -4,7 +4,6 @@ Everything is checked before any work starts: a missing file or column, an unkno
 or no rows at all is one :class:`DataError` that says where. Images are not opened here: see `data.images`.
 """
 
-import codecs
 import dataclasses
 import glob
 import hashlib
@@ -72,8 +71,8 @@ class DataSpec:
         if not self.path:
             raise DataError("path: must name a file or a data set, got an empty text")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            "a".encode(self.encoding)  # which codecs between bytes and bytes, or texts and texts, refuse too
+        except (LookupError, ValueError):
             raise DataError(f"encoding: {self.encoding!r} is unknown; try utf-8 or latin-1") from None
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise DataError(f"delimiter: must be one character, got {self.delimiter!r}")

@@ -1,6 +1,7 @@
 """Texts into tokens with the source's own tokenizer, and lengths into a few static shapes."""
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from jaxtransfer.data.catalogs import first_line
 from jaxtransfer.data.dataset import DataError
 from jaxtransfer.types import Source
 
+GENERATION = "generation_config.json"
 # By these beginnings a tokenizer's files are told from the others of a source; no code is ever among them.
 _FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece", "chat_template")
 
@@ -42,8 +44,6 @@ def tokenizer(source: Source) -> Any:
     """
     # Read once, when transformers is imported: that torch is absent is no news here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import json
-
     import transformers
 
     ref = source.lineage.ref
@@ -66,6 +66,36 @@ def tokenizer(source: Source) -> Any:
     found.backend_tokenizer.no_padding()
     found.backend_tokenizer.no_truncation()
     return found
+
+
+def end_tokens(source: Source, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a text of the source's: the tokenizer's own end token, then what its files name besides.
+
+    Models that were taught to converse end a turn in another token than the tokenizer's end of a text.
+
+    Args:
+      source: a language model, with its files.
+      tokenizer: from :func:`tokenizer`.
+
+    Raises:
+      DataError: a file that is not JSON, or names anything else than tokens.
+    """
+    ref, found = source.lineage.ref, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    fields = {"config.json": source.assets.get("config", {})}
+    if (path := source.assets.get("files", {}).get(GENERATION)) is not None:
+        try:
+            fields[GENERATION] = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{ref}: {GENERATION}: cannot be read: {error}") from None
+    for name, given in fields.items():
+        if not isinstance(given, Mapping):
+            raise DataError(f"{ref}: {name}: expected one JSON object")
+        value = given.get("eos_token_id")
+        tokens = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(token) is int for token in tokens):
+            raise DataError(f"{ref}: {name}: eos_token_id is {value!r:.60}, expected a token or a list of tokens")
+        found += tokens
+    return tuple(dict.fromkeys(found))
 
 
 def encode(texts: Sequence[str], tokenizer: Any, max_length: int) -> Encoded:

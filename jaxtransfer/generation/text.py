@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from jaxtransfer.data.dataset import half_character
+from jaxtransfer.data.documents import prompt_tokens
 from jaxtransfer.generation.loop import stream
 from jaxtransfer.generation.prompts import GenerationError
 from jaxtransfer.tree.paths import Params
@@ -30,15 +32,18 @@ def stream_text(
     """The continuation of a text in pieces, as they are made.
 
     Args:
-      tokenizer: one of transformers'; it puts its special tokens around the prompt as it does for any text.
-      prompt: of at least one token.
-      eos_token_id: what ends the text; None is the tokenizer's own end token.
+      tokenizer: a fast one of transformers'.
+      prompt: of at least one token; they are those that `data.documents.prompt_tokens` makes for training too.
+      eos_token_id: what ends the text; None is the tokenizer's own end token. `data.text.end_tokens` are all that the
+        model's files name.
       options: ``dtype``; all as in `generate`.
 
     Raises:
-      GenerationError: a prompt without tokens, besides what `generate` raises; at the call.
+      GenerationError: a prompt without tokens or with half a character, besides what `generate` raises; at the call.
     """
-    ids = tokenizer(prompt)["input_ids"]
+    if half := half_character(prompt):
+        raise GenerationError(f"prompt: holds {half}")
+    ids = next(prompt_tokens([prompt], tokenizer))
     if not ids:
         raise GenerationError(f"prompt: {prompt!r} has no tokens; the tokenizer's start is {tokenizer.bos_token!r}")
     columns = stream(

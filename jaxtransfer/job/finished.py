@@ -15,9 +15,23 @@ from jaxtransfer.config import Config, ImageClassificationConfig
 from jaxtransfer.data.dataset import from_records
 from jaxtransfer.data.loader import Examples, batches
 from jaxtransfer.data.sources import read
+from jaxtransfer.data.text import end_tokens
 from jaxtransfer.generation import stream_text
 from jaxtransfer.job.checks import check_vocabulary
-from jaxtransfer.job.models import EXPORT, RESULT, adapted, apart, beside, config_of, page_of, write_peft, write_whole
+from jaxtransfer.job.models import (
+    ADAPTER,
+    CHECKPOINTS,
+    EXPORT,
+    PRETRAIN,
+    RESULT,
+    adapted,
+    apart,
+    beside,
+    config_of,
+    page_of,
+    write_peft,
+    write_whole,
+)
 from jaxtransfer.job.prepare import observing, splits
 from jaxtransfer.job.summary import final
 from jaxtransfer.job.tasks import make_task
@@ -99,9 +113,10 @@ def complete(
     """
     config, source = config_of(folder), adapted(folder)
     task = _task(config, source)
+    processor = task.processor(source)
     return stream_text(
-        source.model, source.params, task.processor(source), prompt, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, key=jax.random.key(seed),
+        source.model, source.params, processor, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, eos_token_id=end_tokens(source, processor), key=jax.random.key(seed),
         dtype=jnp.dtype(config.run.precision),
     )  # fmt: skip
 
@@ -110,11 +125,12 @@ def export(folder: Path, out: Path | None = None, *, format: str = "hf") -> Path
     """The model of a run, finished or stopped, as a folder of its own.
 
     Raises:
-      ExportError: what was trained stands beside its source, and is asked for as one model; PeftError: it cannot be
-        written alone.
+      ExportError: what was trained stands beside its source, and is asked for as one model, or ``out`` is a folder that
+        the run needs; PeftError: it cannot be written alone.
     """
     target = folder / f"{EXPORT}-{format}" if out is None else out
     config = config_of(folder)
+    _check_free(target, folder, config)
     if not apart(config):
         return export_source(adapted(folder), target, format=format, metrics=_values(folder))
     if format == "peft":
@@ -137,9 +153,10 @@ def merge(folder: Path, out: Path | None = None, *, dequantize: bool = False) ->
 
     Raises:
       AdapterError: there is nothing to merge, what is there is no weight's (a bottleneck, a prompt, a prefix), or the
-        source is quantised and ``dequantize`` is not set.
+        source is quantised and ``dequantize`` is not set. ExportError: ``out`` is a folder that the run needs.
     """
-    config = config_of(folder)
+    config, target = config_of(folder), folder / "merged" if out is None else out
+    _check_free(target, folder, config)
     if not apart(config):
         raise AdapterError(f"{folder}: its model is whole, there is nothing to merge; `jaxtransfer export` writes it")
     if (held := beside(config)) is not None:
@@ -151,8 +168,16 @@ def merge(folder: Path, out: Path | None = None, *, dequantize: bool = False) ->
         )
     notes: list[str] = []
     merged = fold(adapted(folder), dequantize=dequantize)
-    path = write_whole(merged, folder / "merged" if out is None else out, _values(folder), notes.append)
+    path = write_whole(merged, target, _values(folder), notes.append)
     return {"merged": path, **({"note": notes[0]} if notes else {})}
+
+
+def _check_free(target: Path, folder: Path, config: Config) -> None:
+    """An earlier export is replaced, but for what the run is put together from: its source, and what it has written."""
+    own = [folder / name for name in (EXPORT, ADAPTER, PRETRAIN, f"{PRETRAIN}/{EXPORT}", CHECKPOINTS)]
+    for kept in (*own, Path(config.source.ref), *map(Path, config.source.alternatives)):
+        if kept.exists() and kept.resolve() == target.resolve():
+            raise ExportError(f"{target}: the run {folder} is put together from it; name another folder")
 
 
 def _values(folder: Path) -> dict[str, Any]:

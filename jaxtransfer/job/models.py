@@ -13,12 +13,12 @@ from jaxtransfer import checkpoint
 from jaxtransfer import config as configs
 from jaxtransfer.adapt.adapter_types import Adapter
 from jaxtransfer.adapt.subtrees import held_in
-from jaxtransfer.config import Config
+from jaxtransfer.config import Config, ImageClassificationConfig
 from jaxtransfer.job import adapting
 from jaxtransfer.job.optimization import mastered
 from jaxtransfer.job.prepare import Job, Say, prepare, trained
 from jaxtransfer.job.sources import check_head, load_source, placed
-from jaxtransfer.job.tasks import make_task
+from jaxtransfer.job.tasks import described, make_task
 from jaxtransfer.job.terms import terms_of
 from jaxtransfer.job.train import best_step, finished, saved_best
 from jaxtransfer.models.registry import ConfigFieldError, family
@@ -50,8 +50,17 @@ def config_of(folder: Path) -> Config:
 
 
 def page_of(folder: Path) -> dict[str, Any]:
-    """The record of a finished run."""
-    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    """The record of a finished run.
+
+    Raises:
+      RunFolderError: it cannot be read.
+    """
+    path = folder / RESULT
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        told = f"{path}: cannot be read ({error}); remove it and resume the run, which writes it again"
+        raise checkpoint.RunFolderError(told) from None
 
 
 def apart(config: Config) -> bool:
@@ -72,7 +81,7 @@ def adapted(folder: Path) -> Source:
 
     Raises:
       RunFolderError: there is no model and no checkpoint yet.
-      CheckpointError: the source is another one by now.
+      CheckpointError: the source is another one by now; DamagedError: the model is.
     """
     config = dataclasses.replace(config_of(folder), out=str(folder))
     if not (folder / RESULT).exists():
@@ -82,7 +91,14 @@ def adapted(folder: Path) -> Source:
         return finished(job, seed, *saved_best(job, folder / CHECKPOINTS, job.start(seed), progress), progress)
     if apart(config):
         return _rebuilt(folder, config)
-    return dataclasses.replace(load(folder / EXPORT), lineage=Lineage(**page_of(folder)["lineage"]))
+    page, source = page_of(folder), load(folder / EXPORT)
+    written = page["run"].get("files", {})
+    if other := [name for name, value in source.lineage.files.items() if written.get(name, value) != value]:
+        raise checkpoint.DamagedError(
+            f"{folder / EXPORT / other[0]}: is not the file that the run wrote; remove {RESULT} and resume the run, "
+            "which writes both again"
+        )
+    return dataclasses.replace(source, lineage=Lineage(**page["lineage"]))
 
 
 def _rebuilt(folder: Path, config: Config) -> Source:
@@ -99,6 +115,12 @@ def _rebuilt(folder: Path, config: Config) -> Source:
             f"{folder}: was trained beside {page['lineage']['ref']} with digest {was[:12]}, but {trunk.lineage.ref} "
             f"has {now[:12]} by now; put that source back"
         )
+    files = trunk.lineage.files
+    if moved := [name for name, value in page["lineage"]["files"].items() if files.get(name, value) != value]:
+        raise checkpoint.CheckpointError(
+            f"{folder}: was trained beside {page['lineage']['ref']}, whose {moved[0]} is another file by now; put the "
+            "one that was there back"
+        )
     source = adapting.begun(config, trunk, task, seed)
     steps = page["run"]["steps"]
     terms = terms_of(config, task, trunk, source.model, source.params, steps)
@@ -108,7 +130,16 @@ def _rebuilt(folder: Path, config: Config) -> Source:
     best = folder / CHECKPOINTS / str(best_step(progress_of(folder)))
     state, frozen, _ = checkpoint.restore(best, like=like, lineage=source.lineage)
     lineage = dataclasses.replace(source.lineage, operations=tuple(page["lineage"]["operations"]))
-    return dataclasses.replace(source, params=bare(params_of(state, frozen)), lineage=lineage)
+    source = dataclasses.replace(source, params=bare(params_of(state, frozen)), lineage=lineage)
+    return described(config, source, _image_processor(config, task, trunk))
+
+
+def _image_processor(config: Config, task: Task, trunk: Source) -> Any:
+    """How a run prepared images, None where it read others: by the files that it found, before its source was made."""
+    if not isinstance(config.task, ImageClassificationConfig):
+        return None
+    found = trunk if config.pretrain is None else load_source(config, task, None, lambda text: None)
+    return task.processor(found)
 
 
 def phases_of(job: Job) -> list[dict[str, Any]]:
@@ -152,6 +183,8 @@ def write(source: Source, folder: Path, config: Config, progress: Progress, valu
 
     The latter as PEFT reads it, or where PEFT has no form for it, as the best checkpoint, which is there.
     """
+    if getattr(source.assets.get("processor"), "grey", False):
+        say("the model's folder does not say that colour is turned into grey: give transformers grey images")
     if not apart(config):
         return write_whole(source, folder / EXPORT, values, say)
     try:

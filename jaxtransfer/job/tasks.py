@@ -1,6 +1,8 @@
 """From a configuration to its task, whose classes may be those of the training data."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,18 @@ from jaxtransfer.config import (
     TextClassificationConfig,
 )
 from jaxtransfer.data.dataset import DataError, Dataset
+from jaxtransfer.data.processor import ImageProcessor
 from jaxtransfer.tasks import Task, causal_lm, image_classification, masked_lm, text_classification
+from jaxtransfer.types import Source
+
+
+def described(config: Config, source: Source, processor: Any) -> Source:
+    """The source with what its files have to say of the run: how images are prepared, if labels exclude each other."""
+    raw = {key: value for key, value in source.assets.get("config", {}).items() if key != "problem_type"}
+    if isinstance(config.task, ImageClassificationConfig) and config.task.multi_label:
+        raw["problem_type"] = "multi_label_classification"
+    known = {"processor": processor} if isinstance(processor, ImageProcessor) else {}
+    return dataclasses.replace(source, assets={**source.assets, "config": raw, **known})
 
 
 def columns_of(config: Config) -> tuple[str, ...]:

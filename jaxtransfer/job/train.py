@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtransfer import checkpoint
 from jaxtransfer.job.prepare import Job
+from jaxtransfer.job.tasks import described
 from jaxtransfer.run import Callback, Progress, Saver, Selection, Stop, fit
 from jaxtransfer.step import CONSTANTS, bare, params_of, shard_batch
 from jaxtransfer.tasks import collect
@@ -128,7 +129,7 @@ def final_split(job: Job) -> str:
 
 def finished(job: Job, seed: int, state: State, frozen: Params, progress: Progress) -> Source:
     """The adapted source of a finished run, for export; its lineage says what was done."""
-    source = job.adapted(seed)
+    source = described(job.config, job.adapted(seed), job.processor)
     trained = ", ".join(f"{name}: {group.optimizer} {group.lr:g}" for name, group in job.groups.items())
     at = progress.best_batch or progress.batch
     note = f"fit(steps={at} of {job.steps}, batch={job.config.data.batch}, seed={seed}, {trained})"

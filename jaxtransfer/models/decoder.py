@@ -188,12 +188,12 @@ class Classifier(nnx.Module):
         return {"logits": self.out(dropout(carry["hidden"], self.rate, kd), ko)}
 
     def sequence(self, carry: Carry, key: jax.Array | None) -> Carry:
-        """From the last token that is not padding: by its id where the model has one for it, else by the mask."""
+        """From the last token that is not padding: none that is masked, nor of the id that the model has for it."""
         ids, hidden = carry["input_ids"], carry["hidden"]
         mask = carry.get("attention_mask", jnp.ones_like(ids)).astype(bool)
         if self.pooling == "mean":
             return {"logits": self.out(mean_pool(hidden, mask), key)}
-        real = mask if self.pad is None else ids != self.pad
+        real = mask if self.pad is None else mask & (ids != self.pad)
         last = jnp.argmax(jnp.where(real, jnp.arange(ids.shape[1])[None], 0), axis=-1)
         return {"logits": self.out(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], key)}
 

@@ -41,13 +41,22 @@ PERIOD = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
 def _read(
-    raw: Mapping[str, Any], defaults: Mapping[str, Any], ignore: Collection[str], harmless: Sequence[str], period: int
+    raw: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    ignore: Collection[str],
+    harmless: Sequence[str],
+    period: int,
+    fixed: Mapping[str, Any] = MUST,
 ) -> DecoderConfig:
-    """The record, every ``period``-th layer attending to all slots where the file does not say otherwise."""
-    must = {**MUST, "use_bidirectional_attention": False}
+    """The record, every ``period``-th layer attending to all slots where the file does not say otherwise.
+
+    What of the fields is ``fixed`` is not read.
+    """
+    aliases = {name: None if name in fixed else given for name, given in ALIASES.items()}
+    must = {**fixed, "use_bidirectional_attention": False}
     harmless = (*HARMLESS, *rope.FIELDS, *harmless)
     given = {**DEFAULTS, **defaults, **raw}
-    c = decoder.read(given, ALIASES, ignore, harmless=harmless, must=must)
+    c = decoder.read(given, aliases, ignore, harmless=harmless, must=must)
     if c.query_pre_attn_scalar is None or c.query_pre_attn_scalar <= 0:
         raise ConfigFieldError(f"config field query_pre_attn_scalar: {c.query_pre_attn_scalar} is not positive")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -74,7 +83,8 @@ def read_gemma3(raw: Mapping[str, Any], ignore: Collection[str]) -> DecoderConfi
     if type(period) is not int or period < 1:
         raise ConfigFieldError(f"config field {field}: expected a positive int, found {period!r}")
     harmless = ("rope_local_base_freq", *PERIOD)
-    c = _read(raw, {"max_position_embeddings": 131072}, ignore, harmless, period)
+    fixed = {**MUST, "attn_logit_softcapping": None}  # transformers has the field and no cap: it does not look there
+    c = _read(raw, {"max_position_embeddings": 131072}, ignore, harmless, period, fixed)
     given = raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or (unknown := sorted({*given} - {FULL, SLIDING})):
         what = given if not isinstance(given, Mapping) else unknown[0]

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtransfer.adapt.subtrees import held_in
+from jaxtransfer.data.processor import FILE as PREPROCESSOR
+from jaxtransfer.data.processor import ImageProcessor, processor
 from jaxtransfer.models.api import abstract_init
 from jaxtransfer.models.names import turn
 from jaxtransfer.models.registry import ConfigFieldError, Family, family
@@ -52,6 +54,7 @@ def export(
     Raises:
       ExportError: the folder holds something else, the parameters are not canonical, or the format is unknown.
       ConfigFieldError: no Hugging Face class computes this head.
+      DataError: images have another size than the source's `preprocessor_config.json` says, which cannot be read.
       PeftError: there are no adapters, or none that PEFT has a form for.
       OSError: the folder cannot be written, or the disk is full; nothing is left behind.
     """
@@ -66,9 +69,7 @@ def export(
     try:
         with _replacing(path) as folder:
             writers[format](source, kind, folder)
-            for name, file in source.assets.get("files", {}).items():
-                if name in ASSETS:
-                    shutil.copyfile(file, folder / name)
+            _write_assets(source, folder)
             write_text(folder / CARD, card_text(source, path.name, format, metrics))
             record = _record(source, format, metrics)
             record |= {"files": orbax_folder.hashes(folder)} if format == "orbax" else {}
@@ -77,6 +78,19 @@ def export(
     except OSError as error:
         raise OSError(error.errno, f"cannot export: {error.strerror or error}", str(path)) from None
     return path
+
+
+def _write_assets(source: Source, folder: Path) -> None:
+    """The files that go along, but for how images are prepared where the source's own does not say it."""
+    files = {name: file for name, file in source.assets.get("files", {}).items() if name in ASSETS}
+    how: ImageProcessor | None = source.assets.get("processor")
+    if how is None and PREPROCESSOR in files and "image_size" in source.assets:
+        how = processor(source)
+    if how is not None:
+        files.pop(PREPROCESSOR, None)
+        write_text(folder / PREPROCESSOR, json.dumps(how.fields, indent=2))
+    for name, file in files.items():
+        shutil.copyfile(file, folder / name)
 
 
 def _record(source: Source, format: str, metrics: Mapping[str, Any] | None) -> dict[str, Any]:

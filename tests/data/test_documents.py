@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxtransfer.data import DataError, from_records
 from jaxtransfer.data.chat import chats
-from jaxtransfer.data.documents import completions, fit, plain, spelled
+from jaxtransfer.data.documents import completions, fit, plain, prompt_tokens, spelled
 from tests.language import BOS, CHAT, EOS, MARKED, byte_tokenizer, spell
 
 BYTES = byte_tokenizer()
@@ -97,6 +97,19 @@ def test_a_prompt_is_cut_as_it_is_when_asked():
     assert notes == ("records: 1 of 2 prompts end within a token; their completions are tokenised apart",)
 
 
+def test_what_the_tokenizer_puts_behind_a_text_is_not_behind_a_prompt():
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
+    (asked,) = prompt_tokens(["ab"], tokenizer)
+    assert spell(tokenizer, asked) == "<bos>ab"
+    (doc,), _ = completions(from_records([{"prompt": "ab", "completion": "c"}]), tokenizer)
+    assert doc.inputs.tolist()[: len(asked)] == asked
+
+
 def test_long_documents():
     data = from_records([{"text": "abcdefgh"}, {"text": "ab"}, {"text": "abcdefghijk"}], "books")
     found, _ = plain(data, BYTES)
@@ -150,6 +163,7 @@ BAD_TALKS = {
     "empty": ([], CHAT, r"messages is \[\], expected a list"),
     "no role": ([{"content": "x"}], CHAT, "messages hold .*, expected a role and a content"),
     "no assistant": (TALK[:1], CHAT, "messages hold nothing that the assistant says"),
+    "half a character": ([*TALK[:1], {**TALK[1], "content": "\ud83d"}], CHAT, "messages, rendered, hold '.ud83d' at"),
     "refused": (TALK, "{{ raise_exception('no system prompt') }}", "template refuses the messages: no system prompt"),
     "not Jinja": (TALK, "{% for %}", "template refuses the messages: "),
     "other as a part": (

@@ -66,6 +66,30 @@ def test_transformers_processors(case, tmp_path):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
+WRITTEN = {
+    "squeezed": ImageProcessor(resize=(21, 17), mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4), resample="bicubic"),
+    "cut": ImageProcessor(resize=25, crop=(20, 17)),
+    "cut, squeezed before": ImageProcessor(resize=(25, 20), crop=(20, 17), resample="lanczos"),
+    "cut alone": ImageProcessor(crop=(20, 60), rescale=0.01),
+    "as it is": ImageProcessor(mean=(0.0,) * 3, std=(1.0,) * 3, rescale=1.0),
+    "one channel": ImageProcessor(channels=1, resize=(21, 17), mean=(0.3,), std=(0.2,)),
+}
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_is_written_is_what_transformers_reads(case, tmp_path):
+    """With Pillow: its other backend resizes in its own way."""
+    transformers, how = pytest.importorskip("transformers"), WRITTEN[case]
+    source = pictures.source(tmp_path, how.fields, num_channels=how.channels)
+    assert images.processor(source) == how
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    for shape in ((40, 33), (23, 61)):
+        image = Image.fromarray(pictures.noise(*shape, channels=how.channels, seed=shape[0]))
+        want = theirs(image)["pixel_values"][0]
+        np.testing.assert_allclose(how(image), np.asarray(want).transpose(1, 2, 0), rtol=0, atol=1e-6)
+
+
 def test_pixels_by_hand():
     """Grey, cropped from 3 x 3 to 1 x 5: the middle row between black columns."""
     grey = np.array([[0, 0, 0], [51, 102, 255], [0, 0, 0]], np.uint8)

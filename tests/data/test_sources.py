@@ -1,5 +1,6 @@
 """Every source of records, and every way in which one can be unusable."""
 
+import csv
 import hashlib
 import io
 import json
@@ -219,6 +220,8 @@ BAD = {
     "empty line": ("a.jsonl", '{"text": "x", "label": 1}\n\n{}', {}, "line 2: is empty"),
     "no JSON": ("a.jsonl", "{'text'}", {}, "line 1: is not JSON"),
     "nested too deep": ("a.jsonl", "[" * 200_000, {}, "line 1: is not JSON"),
+    "key twice": ("a.jsonl", '{"text": "x", "text": "y"}', {}, "a.jsonl, line 1: key 'text' stands there twice"),
+    "key twice, inside": ("a.jsonl", '{"text": [{"a": 1, "b": 2, "a": 1}]}', {}, "line 1: key 'a' stands there twice"),
     "JSON array": ("a.json", '[{"text": "x"}]', {}, "line 1: expected one JSON object a line"),
     "ragged csv": ("a.csv", "text,label\nx,y,z\n", {}, r"line 2: 3 fields, the header has 2 \(text, label\)"),
     "ragged csv, later": ("a.csv", 'text,label\n"x\ny",l\nz\n', {}, "line 4: 1 fields"),
@@ -275,6 +278,8 @@ def test_missing_files(path):
 SPECS = {
     "path: must name": {"path": ""},
     "encoding: 'utf-9' is unknown": {"encoding": "utf-9"},
+    "encoding: 'rot13' is unknown": {"encoding": "rot13"},
+    "encoding: 'hex' is unknown": {"encoding": "hex"},
     "delimiter: must be one character": {"delimiter": ", "},
     "is not a regular expression": {"pattern": "(?P<text>"},
     "has no named group": {"pattern": ".*"},
@@ -307,6 +312,14 @@ def test_numbers_count_into_names():
     assert ids.dtype == np.int32
 
 
+def test_numbers_do_not_count_into_other_numbers():
+    zero = from_records([{"label": 3}, {"label": 0}])
+    for read_as in (zero.class_ids, zero.multi_hot):
+        with pytest.raises(DataError, match=r"record 1: label '0' is unknown; known: 1, 2, 3, 4, 5$"):
+            read_as("label", ("1", "2", "3", "4", "5"))
+    assert zero.class_ids("label", ("0", "one", "two", "three")).tolist() == [3, 0]
+
+
 VALUES = {
     "records, record 1: text is empty": ("strings", {"text": " \t"}),
     "record 1: text is None, expected a text": ("strings", {"text": None}),
@@ -316,6 +329,7 @@ VALUES = {
     "record 1: text '-1' is unknown": ("ids", {"text": -1}),
     "record 1: text is 1.0, expected a name or a whole number": ("ids", {"text": 1.0}),
     "record 1: text is '', expected a name": ("ids", {"text": ""}),
+    r"record 1: text holds '.ud800' at character 5, half of a surrogate pair": ("strings", {"text": "good \ud800"}),
     "record 1: no column 'text'; it has txt": ("none", {"txt": ""}),
 }
 
@@ -332,6 +346,15 @@ def test_lines_in_errors_count_quoted_line_ends(tmp_path):
     path = write(tmp_path, "a.csv", 'text,label\n"two\nlines",x\n" ",x\n')
     with pytest.raises(DataError, match=r"a\.csv, line 4: text is empty"):
         read(path).strings("text")
+
+
+def test_a_field_of_csv_may_be_long(tmp_path):
+    before = csv.field_size_limit()
+    path = write(tmp_path, "a.csv", f"text,label\n{'x' * 200_000},a\n")
+    assert len(read(path)[0]["text"]) == 200_000
+    with pytest.raises(DataError, match="unexpected end of data"):
+        read(write(tmp_path, "b.csv", 'text,label\n"x,y\n'))
+    assert csv.field_size_limit() == before
 
 
 def test_no_records():

@@ -1,5 +1,6 @@
 """Tokens by the source's own tokenizer, and lengths into buckets."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxtransfer.data import DataError, encode, tokenizer
-from jaxtransfer.data.text import bucket_lengths
+from jaxtransfer.data.text import bucket_lengths, end_tokens
 from jaxtransfer.types import Lineage, Model, Source
+from tests.language import byte_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "##s"]
 
@@ -108,6 +110,26 @@ def test_nothing_is_printed(folder, tmp_path):
         [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert (found.stdout, found.stderr) == ("", "")
+
+
+def test_a_text_ends_where_any_of_the_files_says(folder, tmp_path, tiny):
+    """The tokenizer's end, then config.json's, then generation_config.json's."""
+    file = tmp_path / "generation_config.json"
+
+    def ends(config, generation):
+        file.write_text(generation)
+        source = dataclasses.replace(source_of(folder), assets={"config": config, "files": {file.name: file}})
+        return end_tokens(source, byte_tokenizer())
+
+    assert ends({"eos_token_id": 7}, '{"eos_token_id": [7, 9, 0]}') == (0, 7, 9)
+    assert ends({}, "{}") == (0,)
+    assert end_tokens(source_of(folder), tiny) == ()
+    with pytest.raises(DataError, match=r"tiny: config\.json: eos_token_id is 'x', expected a token or a list"):
+        ends({"eos_token_id": "x"}, "{}")
+    with pytest.raises(DataError, match=r"tiny: generation_config\.json: cannot be read"):
+        ends({}, "{")
+    with pytest.raises(DataError, match=r"generation_config\.json: expected one JSON object"):
+        ends({}, "[3]")
 
 
 def test_minilm(minilm_folder):

@@ -1,6 +1,7 @@
 """Runs of image classifiers, whose source is made by a run: budgets of labels, mistakes as pictures, predictions."""
 
 import base64
+import dataclasses
 import io
 import json
 
@@ -10,7 +11,9 @@ import pytest
 from jaxtransfer import job
 from jaxtransfer.config import ConfigError
 from jaxtransfer.data.dataset import DataError
-from jaxtransfer.job import prepare, shown, tasks
+from jaxtransfer.data.processor import processor
+from jaxtransfer.job import models, prepare, shown, tasks, train
+from jaxtransfer.run import Progress
 from jaxtransfer.source import load
 from jaxtransfer.tree import flatten
 from tests.job.world import Gallery, console
@@ -123,6 +126,17 @@ def test_evaluate_gives_the_numbers_of_the_run(ran):
     found, page = job.evaluate(out), result(out)["metrics"]["test"]
     for name in ("accuracy", "loss", "auc"):
         assert found[name]["value"] == pytest.approx(page[name]["value"], rel=1e-5)
+
+
+def test_an_export_prepares_images_as_the_run_did(gallery, tmp_path):
+    options = {"labels": ["2", "3"], "size": [8, 6], "mean": [0.25], "std": [0.2], "channels": 1, "multi_label": True}
+    task = {**gallery.raw["task"], **options}
+    ready, said = made(gallery, pretrain=None, task=task, source__init="scratch"), []
+    source = train.finished(ready, 0, *ready.start(0), Progress())
+    stored = load(models.write(source, tmp_path, ready.config, Progress(), {}, said.append))
+    assert processor(stored) == dataclasses.replace(ready.processor, grey=False, notes=())
+    assert said[0] == "the model's folder does not say that colour is turned into grey: give transformers grey images"
+    assert stored.assets["config"]["problem_type"] == "multi_label_classification"
 
 
 WRONG = {

@@ -1,6 +1,8 @@
 """Runs of language models: the head is kept, what came before is measured, the source may be made by a run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from jaxtransfer.run import Interrupted
 from jaxtransfer.source import SourceError, load
 from jaxtransfer.tree import flatten
 from tests.job.world import Library, console, during, lines
+from tests.language import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +181,16 @@ def test_a_run_goes_on_with_a_text(ran):
         job.complete(out, "xyz", temperature=-1.0)
     with pytest.raises(ValueError, match="a causal-lm model goes on with texts, it predicts no labels"):
         list(job.predict(out, ["xyz"]))
+
+
+def test_a_text_ends_where_the_model_s_files_say_too(ran, tmp_path):
+    """The last byte of the first letter that the model says, made an end of texts by generation_config.json."""
+    out, _ = ran
+    text = "".join(job.complete(out, "xyzxyz", max_new_tokens=6))
+    ends = byte_tokenizer()(text[0])["input_ids"][-1:]
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    (copy / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert "".join(job.complete(copy, "xyzxyz", max_new_tokens=6)) == text[0] != text
     assert job.task_of(out) == "causal-lm"
 
 

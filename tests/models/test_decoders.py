@@ -260,6 +260,17 @@ def test_a_sequence_is_classified_by_its_last_real_token():
     same(run(model, params, batch)["logits"], want)
 
 
+def test_what_a_row_is_filled_with_and_how_far_does_not_matter():
+    """The model's id for padding is 9; a tokenizer without one of its own fills rows with 0."""
+    model, params = decoder_zoo.tiny("llama", Head("sequence-classification", ("a", "b")), pad_token_id=9)
+    text = np.array([[5, 6, 7]], np.int32)
+    want = run(model, params, {"input_ids": text})["logits"]
+    for more, fill in [(1, 0), (5, 0), (5, 9)]:
+        ids = np.pad(text, ((0, 0), (0, more)), constant_values=fill)
+        mask = np.pad(np.ones_like(text), ((0, 0), (0, more)))
+        same(run(model, params, {"input_ids": ids, "attention_mask": mask})["logits"], want)
+
+
 def test_layers_that_add_to_the_residual_stream_start_smaller():
     model = family("gpt2").build(decoder_zoo.fields("gpt2", n_embd=120, n_layer=8), None)
     block = next(stage for stage in model.stages if stage.name == "blocks/3").init(jax.random.key(0))
@@ -419,6 +430,7 @@ REFUSED = [
     ("gemma3_text", {"rope_parameters": {FULL: {"rope_type": "dynamic"}}}, r"full_attention\.rope_type='dynamic'"),
     ("gemma3_text", {"sliding_window_pattern": 0}, r"sliding_window_pattern: expected a positive int, found 0"),
     ("gemma2", {"attn_logit_softcapping": 0.0}, r"attn_logit_softcapping: 0.0 is not positive; null for no cap"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50.0 is not supported, only None is"),
     ("gemma2", {"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar: 0 is not positive"),
     ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True is not supported"),
     ("gemma2", {"hidden_activation": "gegelu"}, r"hidden_activation: 'gegelu' is not one of \['gelu', "),

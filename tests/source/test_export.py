@@ -89,11 +89,20 @@ def test_new_head_round_trip_with_lineage(tmp_path, bert):
 def test_tokenizer_files_go_along(tmp_path, bert):
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("[PAD]")
-    assets = {**bert.assets, "files": {"vocab.txt": vocabulary, "../escape.txt": vocabulary}}
+    files = {"vocab.txt": vocabulary, "generation_config.json": vocabulary}
+    assets = {**bert.assets, "files": {**files, "../escape.txt": vocabulary}}
     folder = export(dataclasses.replace(bert, assets=assets), tmp_path / "deep" / "out")
     assert (folder / "vocab.txt").read_text() == "[PAD]"
     assert not (folder.parent / "escape.txt").exists()
-    assert load(folder).assets["files"] == {"vocab.txt": folder / "vocab.txt"}
+    assert load(folder).assets["files"] == {name: folder / name for name in files}
+
+
+def test_what_was_said_of_another_head_is_not_said_of_the_new(tmp_path, bert):
+    raw = {**bert.assets["config"], "problem_type": "multi_label_classification"}
+    told = dataclasses.replace(bert, assets={**bert.assets, "config": raw})
+    fresh = swap_head(told, heads.classifier(["a", "b"]), jax.random.key(0))
+    found = [load(export(source, tmp_path / "out")).assets["config"] for source in (told, fresh)]
+    assert [config.get("problem_type") for config in found] == ["multi_label_classification", None]
 
 
 def test_bfloat16_export(tmp_path, bert):
