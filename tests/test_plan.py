@@ -318,6 +318,11 @@ def test_a_search_ranks_what_fits_and_writes_the_best(made, tmp_path):
         job.plan(settings, "h100:8", search=True, to=to, say=quiet)
 
 
+def test_a_search_whose_result_has_no_folder_is_refused_before_it_begins(made, tmp_path):
+    with pytest.raises(ConfigError, match="there is no folder"):
+        job.plan(made(), "h100:8", search=True, to=tmp_path / "no" / "best.yaml", say=quiet)
+
+
 def test_a_search_that_compiles_takes_the_fastest_that_fits(made):
     draft = blueprints.draft(made(), quiet)
     where = plan.topology("h100:8")

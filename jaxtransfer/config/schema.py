@@ -247,6 +247,14 @@ class Config:
             raise ConfigError(f"data.buckets: {told}", "data.buckets")
         if self.data.validation is None and self.run.patience is not None:
             raise ConfigError("run.patience: needs data.validation to be measured on", "run.patience")
+        if self.objective.task == 0:
+            told = "objective.task: 0 leaves the labels of data.train unread, so"
+            if self.data.validation is None and self.data.test is None:
+                raise ConfigError(
+                    f"{told} nothing can be measured; give data.test or data.validation", "objective.task"
+                )
+            if self.study is not None:
+                raise ConfigError(f"{told} a study has no control to train from scratch; leave study out", "study")
         own, domains = readers(self.objective), ("target", "replay")
         idle = {name for name in domains if not own[name] and read_elsewhere(self.phases, name)}
         check_domains(self.objective, *(getattr(self.data, name) is not None and name not in idle for name in domains))

@@ -76,6 +76,11 @@ class Examples:
     def __len__(self) -> int:
         return len(next(iter({**self.ragged, **self.fixed}.values()), self.lazy or ()))
 
+    def without(self, field: str) -> "Examples":
+        """The same examples without a field; as they are where they have none of this name."""
+        ragged, fixed = ({n: x for n, x in fields.items() if n != field} for fields in (self.ragged, self.fixed))
+        return dataclasses.replace(self, ragged=ragged, fixed=fixed)
+
     @property
     def lengths(self) -> np.ndarray:
         """(N,) int64: the length of each example, that of its longest ragged field; 0 where there is none."""

@@ -185,7 +185,9 @@ def _main_run(
             state, frozen, extra = restored
             progress.load(extra["progress"])
             position = extra["data"]
-            saver.best = progress.best_batch
+            if progress.best_batch is not None and (told := saver.protect_again(progress.best_batch)):
+                progress.best, progress.best_batch, progress.stale = None, None, 0
+                screen.say(f"the best step is lost: {told}; the best of what follows takes its place")
             screen.say(f"resumed at step {progress.batch} of {job.steps}")
         callbacks = [screen.titled(f"{title or _title(job)}, seed {seed}", job.steps, done=progress.batch)]
         if distributed.is_first():

@@ -185,7 +185,8 @@ class Job:
         data = {f"data {split}": data.digest for split, data in self.data.items()}
         if self.before is not None:
             data |= {f"pretrain data {split}": data.digest for split, data in self.before.data.items()}
-        return {**config, "source": self.trunk.lineage.digest, **data}
+        files = {f"source {name}": value for name, value in self.trunk.lineage.files.items()}
+        return {**config, "source": self.trunk.lineage.digest, **files, **data}
 
 
 def prepare(config: Config, say: Say) -> Job:
@@ -209,6 +210,8 @@ def prepare(config: Config, say: Say) -> Job:
     processor = task.processor(trunk)
     training = task.prepare(processor, data[TRAIN], train=True)
     domains = {split: task.prepare(processor, data[split], train=True) for split in DOMAINS if split in data}
+    if TARGET in domains:  # a language model's labels are its texts
+        domains[TARGET] = domains[TARGET].without("labels")
     beside = (TRAIN, RETAIN, *DOMAINS)
     measured = {split: rows for split, rows in data.items() if split not in beside} or {TRAIN: data[TRAIN]}
     measured |= {RETAIN: data[RETAIN]} if RETAIN in data else {}

@@ -70,9 +70,11 @@ def rank(
       ``examples`` and ``held_out``, how many there were.
 
     Raises:
-      ConfigError: the task has no single label for an example.
+      ConfigError: the task has no single label for an example, or ``to`` can be no file.
       SourceError, OSError, ...: none of the sources can be read; the first one's reason.
     """
+    if to is not None and (to.is_dir() or not to.parent.is_dir()):
+        raise ConfigError(f"--to: {to} can be no file: it is a folder, or stands in one that is not there", "")
     data, held_out = _data(config)
     task = make_task(config, data)
     if not task.head.labels or getattr(config.task, "multi_label", False):
@@ -172,7 +174,11 @@ class _Ranked:
         out: dict[str, float | None] = {}
         for name, score in named.items():
             try:
-                out[name] = score(x, y)
+                with np.errstate(all="ignore"):
+                    value = score(x, y)
+                if not np.isfinite(value):
+                    raise scores.ScoreError(f"it is {value} of these features")
+                out[name] = value
             except scores.ScoreError as error:
                 self.say(f"{self.ref}: no {name}: {error}")
                 out[name] = None

@@ -18,6 +18,7 @@ from jaxtransfer.job.train import final_split
 from jaxtransfer.optim import Row
 from jaxtransfer.parallel.agreement import by_first
 from jaxtransfer.run import Progress
+from jaxtransfer.source.orbax_folder import sha256
 from jaxtransfer.study import Curve, Study
 from jaxtransfer.tasks import Metric, Task, confusion, roc
 from jaxtransfer.types import Source
@@ -83,6 +84,7 @@ def build(job: Job, done: Outcome) -> dict[str, Any]:
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "transformers")},
             "out": str(done.out),
             "export": str(done.model),
+            "files": {path.name: sha256(path) for path in sorted(done.model.glob("*.safetensors"))},
         },
         "config": configs.dump(job.config),
     }

@@ -158,11 +158,13 @@ def new_file(config: Config, topology: str, to: Path | None) -> Path:
     """Where the best configuration goes: a file that is not there yet.
 
     Raises:
-      ConfigError: it is.
+      ConfigError: it is, or its folder is not.
     """
     to = Path(f"{Path(config.out).name}-{topology.replace(':', '-')}.yaml") if to is None else to
     if to.exists():
         raise ConfigError(f"--to: {to} is there already; name a new file", "")
+    if not to.parent.is_dir():
+        raise ConfigError(f"--to: there is no folder {to.parent}; make it, or name another", "")
     return to
 
 

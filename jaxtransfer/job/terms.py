@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +12,35 @@ import numpy as np
 from jaxtransfer.config import Config, ConfigError
 from jaxtransfer.config import objectives as configured
 from jaxtransfer.data.examples import Examples, collate
-from jaxtransfer.job.shapes import batch_of
+from jaxtransfer.job.shapes import Shapes, batch_of
 from jaxtransfer.models import apply
-from jaxtransfer.objectives import Objective, Term, aux_of, boundary, captures, continual, shapes_of, states_of, total
+from jaxtransfer.models.projection import PROJECTION
+from jaxtransfer.objectives import (
+    Objective,
+    Term,
+    aux_of,
+    boundary,
+    captures,
+    continual,
+    seen,
+    shapes_of,
+    states_of,
+    total,
+)
 from jaxtransfer.objectives import terms as made
 from jaxtransfer.step import bare
 from jaxtransfer.tasks import Task
 from jaxtransfer.tree.partition import combine
 from jaxtransfer.tree.paths import Params
-from jaxtransfer.types import TARGET, Model, Source, State
+from jaxtransfer.types import AUX, TARGET, Model, Source, State, View
 
 DOMAINS = (TARGET, made.REPLAY)
+_OF_ONE_CLASS = (
+    configured.LwFConfig, configured.EWCConfig, configured.R3FConfig, configured.CDANConfig, configured.MCCConfig,
+    configured.MCDConfig, configured.EntropyConfig, configured.InformationMaximisationConfig,
+    configured.CentroidLabelsConfig, configured.PseudoLabelsConfig,
+)  # fmt: skip
+"""Terms that read predictions as a softmax."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +51,7 @@ class Terms:
       terms: in the configuration's order.
       options: keywords of `make_step`.
       task: the task's loss.
+      new: regex of the leaves that the source has not.
       shapes: widths that the terms' own parameters depend on; None without terms.
     """
 
@@ -40,6 +59,7 @@ class Terms:
     model: Model
     terms: tuple[Term, ...]
     task: Objective
+    new: str
     shapes: Any = None
 
     @property
@@ -56,7 +76,7 @@ class Terms:
         how = self.config.objective
         return {
             "capture": captures(self.terms),
-            "perturb": made.mixout(how.mixout) if how.mixout else None,
+            "perturb": made.mixout(how.mixout, new=self.new) if how.mixout else None,
             "memory": self.task if how.memory else None,
         }
 
@@ -80,6 +100,8 @@ class Terms:
     def constants(self, state: State, frozen: Params, replay: Examples | None) -> dict[str, Any]:
         """What the objective knows beforehand, of a run's first state and the examples of the domain before."""
         found: dict[str, Any] = {"anchor": state.params}
+        if jax.tree.leaves(state.stats):
+            found["statistics"] = state.stats
         for entry in self.config.objective.terms:
             if isinstance(entry, configured.EWCConfig):
                 assert replay is not None
@@ -106,7 +128,8 @@ def terms_of(config: Config, task: Task, trunk: Source, model: Model, params: Pa
       steps: of the run, which schedules count.
 
     Raises:
-      ConfigError: a term does not fit the model: no such boundary, no logits a row, no head to go on with.
+      ConfigError: a term does not fit the model, the task or the batch: no such boundary, no logits a row, no head to
+        go on with, too few rows.
     """
     found = []
     for i, entry in enumerate(config.objective.terms):
@@ -120,6 +143,11 @@ def terms_of(config: Config, task: Task, trunk: Source, model: Model, params: Pa
                 f"{where}: {entry.method} holds to the source's own predictions, but its head is drawn anew; "
                 "task.head: source goes on with it", where,
             )  # fmt: skip
+        if isinstance(entry, _OF_ONE_CLASS) and getattr(config.task, "multi_label", False):
+            raise ConfigError(
+                f"{where}: {entry.method} takes each example to be of one class; task.multi_label says that it may be "
+                "of several", where,
+            )  # fmt: skip
     shapes = None
     if found:
         batch = batch_of(config, task, trunk)
@@ -129,14 +157,50 @@ def terms_of(config: Config, task: Task, trunk: Source, model: Model, params: Pa
             jax.eval_shape(lambda: aux_of(wide, model, jax.random.key(0), shapes))
         except ValueError as error:
             raise ConfigError(f"objective.terms: {error}", "objective.terms") from None
-    return Terms(config, model, tuple(found), task.objective, shapes)
+        _check_losses(config, task, model, params, batch, found, shapes)
+    return Terms(config, model, tuple(found), task.objective, _new(task), shapes)
+
+
+def _check_losses(
+    config: Config, task: Task, model: Model, params: Params, batch: Shapes, terms: Sequence[Term], shapes: Any
+) -> None:
+    """Traces every term on the shapes of a microbatch, the same in every domain."""
+    count = max(1, config.data.batch // config.run.accumulate)
+    rows = {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    if config.objective.task == 0:
+        rows.pop("labels", None)
+    dtype = jnp.dtype(config.run.precision)
+    states = jax.eval_shape(lambda: states_of(terms, shapes))
+    beside = jax.eval_shape(lambda: aux_of(terms, model, jax.random.key(0), shapes))
+
+    def loss(entry: Any, term: Term, params: Params, states: Params, rows: Mapping[str, jax.Array]) -> jax.Array:
+        key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
+
+        def view(rows: Mapping[str, jax.Array]) -> View:
+            outputs = apply(model, bare(params), rows, capture=captures(terms), dtype=dtype, also=(PROJECTION,))
+            constants = {"anchor": bare(params), "ewc": bare(params)}
+            return View(params, outputs, rows, key, step, params, {}, constants, states, model, dtype)
+
+        target = {name: x for name, x in rows.items() if name != "labels"}
+        own = rows if task.augment is None else task.augment(rows, key)
+        main = dataclasses.replace(view(own), domains={TARGET: view(target), made.REPLAY: view(rows)})
+        if isinstance(entry, configured.EWCConfig):
+            seen.logits(main)  # of which the Fisher information is, before the first step
+        return term.loss(main)[0]
+
+    for i, (term, entry) in enumerate(zip(terms, config.objective.terms, strict=True)):
+        where = f"objective.terms[{i}]"
+        try:
+            jax.eval_shape(functools.partial(loss, entry, term), {**params, **beside}, states, rows)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{where}: {entry.method}: {error}", where) from None
 
 
 def _term(entry: Any, task: Task, model: Model, steps: int) -> Term:
     layer = functools.partial(boundary, model)
     match entry:
         case configured.L2SPConfig():
-            return made.l2_sp(entry.alpha, entry.beta, weight=entry.weight, **_new(task))
+            return made.l2_sp(entry.alpha, entry.beta, weight=entry.weight, new=_new(task))
         case configured.EWCConfig():
             return made.ewc(weight=entry.weight)
         case configured.BSSConfig():
@@ -176,9 +240,9 @@ def _term(entry: Any, task: Task, model: Model, steps: int) -> Term:
     raise TypeError(f"{type(entry).__name__} is no term")
 
 
-def _new(task: Task) -> dict[str, str]:
+def _new(task: Task) -> str:
     """Which leaves the source has not: a kept head is none of them."""
-    return {} if task.fresh_head else {"new": "aux/.*"}
+    return made.NEW if task.fresh_head else f"{AUX}/.*"
 
 
 def importances(

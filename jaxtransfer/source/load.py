@@ -222,13 +222,13 @@ def described(source: Source, found: Resolved, raw: dict[str, Any]) -> Source:
     named = text_of(card.get("license_name") if card.get("license") == "other" else card.get("license"))
     text = json.dumps(raw, sort_keys=True)
     config = sha256(found.files[CONFIG]) if CONFIG in found.files else hashlib.sha256(text.encode()).hexdigest()
+    assets = {name: found.files[name] for name in ASSETS if name in found.files}
     lineage = dataclasses.replace(
         source.lineage,
-        files={**source.lineage.files, CONFIG: config},
+        files={**source.lineage.files, CONFIG: config, **{name: sha256(path) for name, path in assets.items()}},
         commit=found.commit,
         license=None if named == "unknown" else named,
         base_model=text_of(card.get("base_model")),
         fingerprints=fingerprint(source.params),
     )
-    assets = {"config": raw, "files": {name: found.files[name] for name in ASSETS if name in found.files}, "card": card}
-    return dataclasses.replace(source, lineage=lineage, assets=assets)
+    return dataclasses.replace(source, lineage=lineage, assets={"config": raw, "files": assets, "card": card})

@@ -174,6 +174,11 @@ def test_another_source_is_refused(ran, world, tmp_path):
     save_file({name: array + 1 for name, array in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(checkpoint.CheckpointError, match=r"was trained beside source with digest \w+, but other has"):
         job.evaluate(out)
+    shutil.copy(world.source / "model.safetensors", weights)
+    settings = tmp_path / "other" / "config.json"
+    settings.write_text(settings.read_text().replace('"initializer_range": 0.1', '"layer_norm_eps": 0.1'))
+    with pytest.raises(checkpoint.CheckpointError, match=r"whose config\.json is another file by now"):
+        job.evaluate(out)
 
 
 BAD = {

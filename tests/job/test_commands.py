@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from jaxtransfer.data.dataset import DataError
 from jaxtransfer.job import commands, prepare, studies
 from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.run import Interrupted
-from jaxtransfer.source import load
+from jaxtransfer.source import ExportError, load
 from jaxtransfer.tree import RuleError, flatten
 from tests.job.world import Gallery, Library, World, console, during, lines, texts, write_texts
 
@@ -163,6 +165,46 @@ def test_other_data_makes_another_run(ran, world, monkeypatch, tmp_path):
     )
     with pytest.raises(checkpoint.RunFolderError, match=r"another run: data train is '\w+' there, '\w+' here;"):
         job.run(config, console=console())
+
+
+def test_another_configuration_or_tokenizer_of_the_source_makes_another_run(world, tmp_path):
+    shutil.copytree(world.source, tmp_path / "source")
+    config = world.config(tmp_path / "none", source={"ref": str(tmp_path / "source")})
+    before = prepare.prepare(config, lambda text: None).identity()
+    changes = {
+        "config.json": ('"initializer_range": 0.1', '"layer_norm_eps": 0.1'),
+        "tokenizer.json": ('"dull"', '"dulls"'),
+    }
+    for name, (old, new) in changes.items():
+        path = tmp_path / "source" / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        after = prepare.prepare(config, lambda text: None).identity()
+        path.write_text(text, encoding="utf-8")
+        assert {key for key, value in after.items() if before[key] != value} == {f"source {name}"}
+
+
+def test_no_export_takes_the_place_of_what_the_run_needs(ran, world):
+    for place in (world.source, ran[0] / "model"):
+        with pytest.raises(ExportError, match="is put together from it; name another folder"):
+            job.export(ran[0], Path(place))
+        assert (Path(place) / "config.json").exists()
+
+
+def test_what_is_damaged_of_a_finished_run_is_named(ran, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(ran[0], out)
+    weights = out / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x80  # the sign of one number
+    weights.write_bytes(data)
+    with pytest.raises(checkpoint.DamagedError, match=r"model\.safetensors: is not the file that the run wrote"):
+        list(job.predict(out, ["fine"]))
+    record = out / "result.json"
+    record.write_bytes(record.read_bytes()[:500])
+    with pytest.raises(checkpoint.RunFolderError, match=r"result\.json: cannot be read"):
+        list(job.predict(out, ["fine"]))
 
 
 def test_explain_compiles_nothing(world, monkeypatch):

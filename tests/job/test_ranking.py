@@ -104,6 +104,19 @@ def test_a_score_that_does_not_apply_is_told(world, monkeypatch):
     assert said == [f"{world.source}: no gbc: gbc: class number 1 has one row, which has no variance"]
 
 
+def test_a_score_that_is_no_number_is_told_and_loses_nothing(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(ranking, "OF_FEATURES", {"knn": scores.knn, "gbc": lambda x, y: float("nan")})
+    said: list[str] = []
+    found = job.rank(
+        world.config(world.root / "none"), [str(world.source)], to=tmp_path / "found.json", say=said.append
+    )
+    assert "gbc" not in found["ranking"][0] and (tmp_path / "found.json").exists()
+    assert said == [f"{world.source}: no gbc: it is nan of these features"]
+    for to in (tmp_path, tmp_path / "no" / "found.json"):
+        with pytest.raises(ConfigError, match=r"--to: .* can be no file"):
+            job.rank(world.config(world.root / "none"), [str(world.source)], to=to)
+
+
 def test_what_has_no_single_label_is_refused(tmp_path):
     library = Library(tmp_path)
     with pytest.raises(ConfigError, match=r"task.kind: causal-lm has no single label"):

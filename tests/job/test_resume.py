@@ -98,6 +98,20 @@ def test_resumed_is_undisturbed(what, count, job, like, whole, tmp_path):
     assert left(job, like, tmp_path, go(job, tmp_path)) == whole
 
 
+def test_a_best_step_that_is_damaged_is_set_aside_and_the_run_goes_on(job, like, tmp_path):
+    with pytest.raises(Interrupted):
+        go(job, tmp_path, "step", 6)
+    largest = max((tmp_path / "checkpoints" / "4").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    screen = console()
+    with events.Screen(screen) as shown:
+        _, _, progress = commands._main_run(job, tmp_path, Stop(), shown)
+    assert progress.batch == progress.best_batch == STEPS and (tmp_path / "checkpoints" / "4.damaged").is_dir()
+    assert "the best step is lost" in screen.file.getvalue() and str(largest.name) in screen.file.getvalue()
+
+
 def test_stopped_again_and_again_is_undisturbed(job, like, whole, tmp_path):
     halts = [("step", 2), ("evaluate", 1), ("evaluate", 1), ("step", 3), ("evaluate", 1), ("evaluate", 4)]
     for what, count in halts:

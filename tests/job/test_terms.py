@@ -13,7 +13,7 @@ from jaxtransfer.run import Interrupted
 from jaxtransfer.source import SourceError
 from jaxtransfer.step import bare, params_of
 from jaxtransfer.tree import flatten
-from tests.job.world import World, console, during, lines, write_texts
+from tests.job.world import Gallery, Library, World, console, during, lines, write_texts
 
 QUIET = {"optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0.0}}
 
@@ -132,14 +132,44 @@ def test_the_control_from_scratch_has_the_task_alone(world):
         ([{"method": "lwf"}], (), {}, "its head is drawn anew; task.head: source"),
         ([], (), {"task": 0}, "0 leaves nothing to minimise"),
         ([], (), {"mixout": 1.0}, "mixout"),
+        ([{"method": "bss", "k": 9}], (), {}, "objective.terms.0.: bss: spectral_shrinkage: k must be from 1 to"),
+        ([{"method": "mcc"}], ("target",), {"task": 0, "measured": False}, "nothing can be measured; give data.test"),
+        ([{"method": "mcc"}], ("target",), {"task": 0, "study": {"seeds": [0, 1]}}, "study has no control"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(world, terms, domains, objective, told):
+    study, measured = objective.pop("study", None), objective.pop("measured", True)
+    how = {**with_terms(world, *terms, domains=domains, **objective), "study": study}
+    if not measured:
+        how["data"] = {name: how["data"][name] for name in ("train", "target")}
     with pytest.raises(ConfigError, match=told):
-        prepare.prepare(
-            world.config(world.root / "none", **with_terms(world, *terms, domains=domains, **objective)),
-            lambda text: None,
-        )
+        prepare.prepare(world.config(world.root / "none", **how), lambda text: None)
+
+
+def test_terms_of_one_prediction_a_row_are_refused_where_there_are_more(tmp_path_factory):
+    library = Library(tmp_path_factory.mktemp("terms-of-texts"))
+    domains = {name: {"path": library.data["retain"]} for name in ("target", "replay")}
+
+    def config(*terms, **names):
+        data = {**library.raw["data"], **{name: domains[name] for name in names}}
+        return library.config(library.root / "none", data=data, objective={"terms": list(terms)})
+
+    for term, names in (("lwf", {}), ("ewc", {"replay": 1}), ("entropy", {"target": 1})):
+        with pytest.raises(ConfigError, match=rf"terms\[0\]: {term}: terms of predictions read logits \(B, C\)"):
+            prepare.prepare(config({"method": term}, **names), lambda text: None)
+    job = prepare.prepare(config({"method": "coral"}, target=1), lambda text: None)
+    batch = next(job.stream(0))
+    assert "labels" in batch and "labels" not in batch["target"]  # which are the texts themselves
+
+
+def test_terms_of_one_class_are_refused_where_an_image_has_several(tmp_path_factory):
+    gallery = Gallery(tmp_path_factory.mktemp("terms-of-images"))
+    config = gallery.config(
+        gallery.root / "none", source__init="scratch", pretrain=None, task__multi_label=True,
+        objective={"terms": [{"method": "r3f"}]},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"r3f takes each example to be of one class; task\.multi_label says"):
+        prepare.prepare(config, lambda text: None)
 
 
 def test_a_source_with_other_labels_is_refused(world):
