@@ -1,5 +1,6 @@
 """Makers: what rules choose for a weight, ``lora(8)`` or ``ia3()``, and what it makes of that weight."""
 
+import math
 from typing import Any, Protocol
 
 import jax
@@ -76,8 +77,10 @@ def vera(rank: int, *, d: float = 0.1, dropout: float = 0.0) -> Make:
     Raises:
       AdapterError: an option out of range.
     """
-    if rank < 1 or not 0.0 <= dropout < 1.0 or d == 0.0:
-        raise AdapterError(f"rank must be 1 or more, dropout in [0, 1), d not zero; got {rank}, {dropout}, {d}")
+    if rank < 1 or not 0.0 <= dropout < 1.0 or d == 0.0 or not math.isfinite(d):
+        raise AdapterError(
+            f"rank must be 1 or more, dropout in [0, 1), d finite and not zero; got {rank}, {dropout}, {d}"
+        )
 
     def make(path: str, weight: Any, key: jax.Array, name: str) -> Adapter:
         if (where := _kind(path, weight)) != "dense":
@@ -89,8 +92,10 @@ def vera(rank: int, *, d: float = 0.1, dropout: float = 0.0) -> Make:
 
 
 def _low_rank(kind: type[LoRA], rank: int, alpha: float | None, dropout: float, stabilized: bool) -> Make:
-    if rank < 1 or not 0.0 <= dropout < 1.0 or (alpha is not None and alpha <= 0):
-        raise AdapterError(f"rank must be 1 or more, dropout in [0, 1), alpha positive; got {rank}, {dropout}, {alpha}")
+    if rank < 1 or not 0.0 <= dropout < 1.0 or (alpha is not None and not 0 < alpha < math.inf):
+        raise AdapterError(
+            f"rank must be 1 or more, dropout in [0, 1), alpha positive and finite; got {rank}, {dropout}, {alpha}"
+        )
     scale = (rank if alpha is None else alpha) / (rank**0.5 if stabilized else rank)
 
     def make(path: str, weight: Any, key: jax.Array, name: str) -> Adapter:

@@ -6,6 +6,7 @@ way; elsewhere `merge` first gives one array a weight.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,11 @@ from jaxtransfer.adapt.pooling import alike
 from jaxtransfer.tree.diff import diff
 from jaxtransfer.tree.paths import Params, flatten, unflatten
 from jaxtransfer.tree.weights import SHARED, is_weight
-from jaxtransfer.types import Source
+from jaxtransfer.types import Head, Source
 
 
 class BlendError(ValueError):
-    """Models that cannot be blended: no common ancestor, other structures, or adapters that are not merged."""
+    """Models that cannot be blended: no common ancestor, other structures or labels, adapters that are not merged."""
 
 
 def interpolate(first: Source, second: Source, alpha: float) -> Source:
@@ -33,10 +34,10 @@ def interpolate(first: Source, second: Source, alpha: float) -> Source:
     Args:
       first: at ``alpha = 0``, returned bit for bit.
       second: at ``alpha = 1``, returned bit for bit.
-      alpha: any number; outside [0, 1] it extrapolates.
+      alpha: any finite number; outside [0, 1] it extrapolates.
 
     Raises:
-      BlendError: no common ancestor, other structures, or adapters that are no LoRA.
+      BlendError: no common ancestor, other structures or labels, adapters that are no LoRA, or ``alpha`` is not finite.
 
     Example:
       >>> from jaxtransfer.types import Lineage, Model
@@ -44,6 +45,7 @@ def interpolate(first: Source, second: Source, alpha: float) -> Source:
       >>> interpolate(model(1.0), model(3.0), 0.25).params["w"]
       Array([1.5, 1.5], dtype=float32)
     """
+    _check_finite("interpolate", {"alpha": alpha})
     check_related("interpolate", first, second)
     if alpha in (0, 1):
         params = (first, second)[int(alpha)].params
@@ -60,13 +62,14 @@ def soup(sources: Sequence[Source], weights: Sequence[float] | None = None) -> S
       weights: of each; None is uniform. They are divided by their sum.
 
     Raises:
-      BlendError: nothing to average, weights that do not sum to a positive number, no common ancestor, other
-        structures, or adapters that are no LoRA.
+      BlendError: nothing to average, weights that are not finite or do not sum to a positive number, no common
+        ancestor, other structures or labels, or adapters that are no LoRA.
     """
     if not sources:
         raise BlendError("soup: no models to average")
     weights = [1.0] * len(sources) if weights is None else list(weights)
-    if len(weights) != len(sources) or not sum(weights) > 0:
+    _check_finite("soup", {f"weights[{i}]": weight for i, weight in enumerate(weights)})
+    if len(weights) != len(sources) or not 0 < sum(weights) < math.inf:
         raise BlendError(f"soup: {len(sources)} models need as many weights of a positive sum, got {weights}")
     for other in sources[1:]:
         check_related("soup", sources[0], other)
@@ -81,19 +84,25 @@ def greedy_soup(sources: Sequence[Source], score: Callable[[Source], float]) -> 
 
     Args:
       sources: one or more.
-      score: of a model on validation data; more is better.
+      score: of a model on validation data; more is better, and a model whose score is not finite is left out.
 
     Returns:
       The soup, and the positions of what went into it, in order.
+
+    Raises:
+      BlendError: no models, or none with a finite score; and what `soup` raises.
     """
     if not sources:
         raise BlendError("greedy_soup: no models to average")
     scores = [score(source) for source in sources]
-    order = sorted(range(len(sources)), key=lambda i: -scores[i])
+    # Nothing compares with nan: it would come first, and no mean would be better.
+    order = sorted((i for i, found in enumerate(scores) if math.isfinite(found)), key=lambda i: -scores[i])
+    if not order:
+        raise BlendError(f"greedy_soup: no model has a finite score, they are {', '.join(f'{x:g}' for x in scores)}")
     taken, best = [order[0]], scores[order[0]]
     for i in order[1:]:
         found = score(soup([sources[j] for j in [*taken, i]]))
-        if found >= best:
+        if math.isfinite(found) and found >= best:
             taken, best = [*taken, i], found
     return soup([sources[i] for i in taken]), tuple(taken)
 
@@ -116,7 +125,7 @@ def task_vector(source: Source, ancestor: Source) -> TaskVector:
     """``source - ancestor``, in float32.
 
     Raises:
-      BlendError: the ancestor is not one, the structures differ (other heads), or adapters are not merged.
+      BlendError: the ancestor is not one, the structures or labels differ (other heads), or adapters are not merged.
     """
     check_related("task_vector", source, ancestor)
     _check_plain("task_vector", source, ancestor)
@@ -131,7 +140,8 @@ def add_vectors(ancestor: Source, vectors: Mapping[str, tuple[float, TaskVector]
       vectors: name -> (coefficient, vector).
 
     Raises:
-      BlendError: a vector of another ancestor or structure, or adapters that are not merged.
+      BlendError: a vector of another ancestor or structure, a coefficient that is not finite, or adapters that are not
+        merged.
 
     Example:
       >>> from jaxtransfer.types import Lineage, Model
@@ -140,6 +150,7 @@ def add_vectors(ancestor: Source, vectors: Mapping[str, tuple[float, TaskVector]
       >>> add_vectors(model(1.0), {"toxic": (-0.5, toxic)}).params["w"]
       Array([0., 0.], dtype=float32)
     """
+    _check_finite("add_vectors", {f"the coefficient of {name!r}": c for name, (c, _) in vectors.items()})
     _check_plain("add_vectors", ancestor)
     params = ancestor.params
     for name, (coefficient, vector) in vectors.items():
@@ -178,7 +189,7 @@ def ema(average: Params, params: Params, decay: float) -> Params:
 
 
 def check_related(what: str, first: Source, second: Source) -> None:
-    """Two models must come from one source and be alike in structure, or their mean means nothing.
+    """Two models must come from one source and be alike in structure and labels, or their mean means nothing.
 
     Raises:
       BlendError: they are not.
@@ -191,6 +202,45 @@ def check_related(what: str, first: Source, second: Source) -> None:
         )
     if found := diff(*(_shapes(source.params) for source in (first, second)), dtypes=False):
         raise BlendError(f"{what}: the models differ in structure: {found}")
+    if apart := told_apart(first.model.head, second.model.head):
+        raise BlendError(
+            f"{what}: the models end in other heads: one in {apart[0]}, the other in {apart[1]}; tune them under one"
+        )
+
+
+def told_apart(first: Head | None, second: Head | None) -> tuple[str, str] | None:
+    """What two heads say of themselves, where that differs: their kinds, or the labels in the order of the logits.
+
+    Returns:
+      None where they are alike as far as both say: there may be no head, and labels that are only numbered say nothing.
+
+    Example:
+      >>> head = lambda *labels: Head("stars", labels)
+      >>> told_apart(head("no", "yes"), head("yes", "no"))
+      ("a stars head of labels ['no', 'yes']", "a stars head of labels ['yes', 'no']")
+      >>> told_apart(head("no", "yes"), head("LABEL_0", "LABEL_1"))
+    """
+    if first is None or second is None:
+        return None
+    a, b = (() if _is_numbered(head.labels) else head.labels for head in (first, second))
+    if first.kind == second.kind and (a == b or not a or not b):
+        return None
+    return _told(first), _told(second)
+
+
+def _told(head: Head) -> str:
+    return f"a {head.kind} head" + (f" of labels {list(head.labels)}" if head.labels else "")
+
+
+def _is_numbered(labels: Sequence[str]) -> bool:
+    """Whether they are what stands for the labels where there were only so many."""
+    return tuple(labels) == tuple(f"LABEL_{i}" for i in range(len(labels)))
+
+
+def _check_finite(what: str, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise BlendError(f"{what}: {name} must be a finite number, got {value}")
 
 
 def _shapes(params: Params) -> dict[str, jax.ShapeDtypeStruct]:

@@ -91,9 +91,11 @@ class Int8(Quantized):
 
     def linear(self, x: jax.Array, bias: Any, key: jax.Array | None) -> jax.Array:
         """``(x q) s + bias``: the scale of an output acts on the product."""
-        scale = self.scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        run = jax.checkpoint(lambda q, x: weights.linear(x, q.astype(x.dtype)), prevent_cse=False)
-        y = run(self.q, x) * scale
+        # Before it is scaled the product is up to 127 / max |W| times what it will be, which float16 may not hold.
+        wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+        scale = self.scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
+        run = jax.checkpoint(lambda q, x: _product(x, q.astype(x.dtype), wide), prevent_cse=False)
+        y = (run(self.q, x) * scale).astype(x.dtype)
         return y if bias is None else y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
@@ -159,6 +161,12 @@ class NF4(Quantized):
     def specs(self, axes: Sequence[Any]) -> Mapping[str, P]:
         """Every part as the weight: blocks follow the inputs, groups the outputs."""
         return dict.fromkeys(self.whole_blocks, P(*axes))
+
+
+def _product(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    """``x w``, accumulated in ``dtype`` and left so."""
+    how = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, w, how, preferred_element_type=None if dtype == x.dtype else dtype)
 
 
 def _scaled_level(codes: jax.Array, scales: jax.Array) -> jax.Array:

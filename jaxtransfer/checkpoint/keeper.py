@@ -66,10 +66,23 @@ class Checkpointer:
     def save(self, step: int, state: State, frozen: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Saves a step; once it returns, the state may be donated.
 
+        What stands in its place and is no checkpoint is set aside, renamed to ``<step>.damaged``, with a warning.
+
+        Args:
+          step: above the last one here, as retention goes by number.
+          state: laid out as it is.
+          frozen: the laid-out complement of ``state.params``.
+          extra: JSON-able, handed back by ``restore``.
+
         Raises:
-          CheckpointError: this save cannot begin (the step exists, the disk is full), or the one before it failed.
+          CheckpointError: this save cannot begin (the step is no int of 0 or more, or not above the last, the disk is
+            full), or the one before it failed.
         """
+        if type(step) is not int or step < 0:
+            raise CheckpointError(f"{self.root}: a step is an int of 0 or more, got {step!r}")
         self.wait()
+        if name := self._by_first("clear", lambda: self._clear(step)):
+            warnings.warn(f"{self.root / str(step)}: was no whole checkpoint (now {name})", stacklevel=2)
         path = self.root / str(step)
         snap = store.snapshot(state, frozen, self.lineage, extra)
         finish = store.begin(path, snap)
@@ -79,6 +92,17 @@ class Checkpointer:
         else:
             self._conclude(finish)
         self._last = step
+
+    def _clear(self, step: int) -> str:
+        """Makes way for a step; the new name of what stood there, if anything did."""
+        if (found := steps(self.root)) and step <= found[-1]:
+            raise CheckpointError(
+                f"{self.root}: step {step} is not above {found[-1]}, the last one here; go on from that one, or choose "
+                "another folder"
+            )
+        path = self.root / str(step)
+        free = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        return "" if free or not os.path.lexists(path) else self._set_aside(step)
 
     def _finish(self, finish: Callable[[], None]) -> None:
         try:
@@ -111,6 +135,26 @@ class Checkpointer:
         if step != self._last and step not in (found := self._by_first("list", lambda: steps(self.root))):
             raise CheckpointError(f"{self.root}: has no step {step} to protect, only {found}")
         self.best = step
+
+    def protect_again(self, step: int) -> str | None:
+        """As `protect`, of a step that was the best before a restart; one that is damaged is set aside.
+
+        Returns:
+          None, or what is wrong with it, and its new name.
+        """
+
+        def wrong() -> str:
+            try:
+                verify(self.root / str(step))
+            except DamagedError as error:
+                there = (self.root / str(step)).is_dir()
+                return f"{error} (now {self._set_aside(step)})" if there else str(error)
+            return ""
+
+        if told := self._by_first("verify", wrong):
+            return told
+        self.best = step
+        return None
 
     def wait(self) -> None:
         """Waits for the save under way.

@@ -20,7 +20,7 @@ from jaxtransfer.adapt.subtrees import held_in
 from jaxtransfer.adapt.vera import VeRA
 from jaxtransfer.models.names import turn
 from jaxtransfer.models.registry import family
-from jaxtransfer.source.peft_config import CONFIG, TASKS, WEIGHTS, PeftError, check_base, read_config
+from jaxtransfer.source.peft_config import CONFIG, TASKS, WEIGHTS, PeftError, check_base, check_held, read_config
 from jaxtransfer.source.peft_forms import PARTS, VERA, adapter_of, fields_of, matrices_of, tensors_of
 from jaxtransfer.source.safetensors import TensorFile
 from jaxtransfer.source.writer import write, write_text
@@ -112,7 +112,8 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
       name: of the adapter here; a prompt has none.
 
     Raises:
-      PeftError: a field or method that is not supported, by name; tensors without a place, or of other shapes.
+      PeftError: a field or method that is not supported, by name; tensors without a place, of other shapes, not finite,
+        or missing though the configuration names their module; an adapter of ours for another base or head.
     """
     folder = Path(folder)
     raw = read_config(folder)
@@ -120,10 +121,15 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
     check_base(source, folder)
     file = TensorFile(folder / WEIGHTS)
     tensors = {key: file.read(key) for key in file.tensors}
+    if odd := [key for key, value in tensors.items() if not np.isfinite(value).all()]:
+        raise PeftError(f"{folder.name}: {odd[0]} holds numbers that are not finite: take a checkpoint from before")
     table = family(source.model.family).names(source.model)
     flat = flatten(source.params, is_leaf=is_weight)
     rows = table.export_names(_own(source, flat), with_prefix=source.model.head is not None)
     plain, parts = _placed(source, rows, tensors, kind, folder)
+    names = {path: theirs for path, (theirs, _) in rows.items()}
+    modules = {path: _module(names[path]) for path in parts}
+    check_held(folder, raw, names.values(), modules.values(), [names[path] for path in plain])
     flat |= {path: _replaced(path, flat[path], turn(tensors[key], rows[path][1])) for path, key in plain.items()}
     if tied := sorted(parts.keys() & _readers(source).keys() if not raw.get("ensure_weight_tying") else ()):
         raise PeftError(
@@ -133,7 +139,7 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
     for path, given in parts.items():
         if name in names_of(flat[path]):
             raise PeftError(f"{path}: has an adapter called {name!r} already; load it under another name")
-        flat[path] = adapter_of(path, flat[path], given, raw, _module(rows[path][0]), name)
+        flat[path] = adapter_of(path, flat[path], given, raw, modules[path], name)
     shared = matrices_of({path: flat[path] for path in parts}, tensors, raw)
     if taken := sorted(shared.keys() & flat.keys()):
         raise PeftError(f"{taken[0]}: there is a VeRA called {name!r} already; load it under another name")

@@ -1,12 +1,16 @@
 """``adapter_config.json`` of PEFT: what of it is read, what says nothing about the function, and what is refused."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from jaxtransfer.source.resolve import MARKER
+import numpy as np
+
+from jaxtransfer.adapt.blend import told_apart
+from jaxtransfer.source.orbax_folder import head_of
+from jaxtransfer.source.resolve import MARKER, SourceError
 from jaxtransfer.source.strictjson import CONFIG_BYTES, MARKER_BYTES, read_object
 from jaxtransfer.types import Source
 
@@ -52,11 +56,12 @@ EVERYWHERE: Mapping[str, str] = {
     "fan_in_fan_out": "how their base keeps its kernels; an adapter's tensors are alike under both",
     "inference_mode peft_version": "how PEFT was used",
 }
-"""The same, of every method."""
+"""The same, of every method; `check_held` sees to it that there are tensors of what the lists of modules name."""
 _OFF: tuple[Any, ...] = (None, False, {}, [], "none")
 """What a field that is not supported must be: PEFT's own value for "not used"."""
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """The starts of LoRA that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move it."""
+_LARGEST = float(np.finfo(np.float32).max)
 _REASONS = {
     "PREFIX_TUNING": "PEFT's prefixes move the tokens' positions, those of prefix_tuning do not",
 }
@@ -103,33 +108,112 @@ def _check_type(folder: Path, kind: str, field: str, value: Any) -> None:
         raise PeftError(f"{folder.name}: field {field}={value!r} of a {kind} adapter: expected {names}")
     if field.endswith("_dropout") and not 0 <= (value or 0) < 1:
         raise PeftError(f"{folder.name}: field {field}={value!r} of a {kind} adapter: expected a share in [0, 1)")
+    if isinstance(value, float | int) and not _is_finite(value):
+        raise PeftError(f"{folder.name}: field {field}={value!r} of a {kind} adapter: expected a finite number")
+    if field == "r" and field in READ[kind] and value < 1:
+        raise PeftError(f"{folder.name}: field {field}={value!r} of a {kind} adapter: expected a rank of 1 or more")
 
 
 def check_base(source: Source, folder: Path) -> None:
-    """An adapter of ours says which base it is for: PEFT's own record knows it by name only.
+    """An adapter of ours says which base and head it is for: PEFT's own record knows the base by name only.
 
     Raises:
-      PeftError: another one.
+      PeftError: another base, or a head of another kind or with other labels.
     """
-    if (folder / MARKER).is_file():
-        digest = read_object(folder / MARKER, MARKER_BYTES, PeftError).get("base")
-        if digest not in (None, source.lineage.digest):
+    if not (folder / MARKER).is_file():
+        return
+    record = read_object(folder / MARKER, MARKER_BYTES, PeftError)
+    if (digest := record.get("base")) not in (None, source.lineage.digest):
+        raise PeftError(
+            f"{folder.name}: is an adapter for the base with digest {str(digest)[:12]}, this is "
+            f"{source.lineage.ref} with {source.lineage.digest[:12]}"
+        )
+    try:
+        head = head_of(record.get("head"), folder.name)
+    except SourceError as error:
+        raise PeftError(str(error)) from None
+    if apart := told_apart(head, source.model.head):
+        raise PeftError(
+            f"{folder.name}: is an adapter trained under {apart[0]}, this model ends in {apart[1]}: swap_head to the "
+            "former first"
+        )
+
+
+def check_held(
+    folder: Path, raw: Mapping[str, Any], names: Collection[str], adapted: Collection[str], kept: Collection[str]
+) -> None:
+    """A folder holds tensors of all that its configuration names, or part of it was lost.
+
+    Only what the model has can be missed: for a classifier PEFT itself writes ``["classifier", "score"]``, one of which
+    no model has.
+
+    Args:
+      folder: of the adapter.
+      raw: its configuration.
+      names: of all tensors of the model.
+      adapted: the modules that the folder has parts of adapters for.
+      kept: the names of the tensors that it holds whole.
+
+    Raises:
+      PeftError: what the configuration names, and the folder lacks.
+    """
+    saves, targets = (_listed(raw.get(field)) for field in ("modules_to_save", "target_modules"))
+    lost = [entry for entry in saves if _inside(entry, names) and not _inside(entry, kept)]
+    if lost or (saves and not any(_inside(entry, kept) for entry in saves)):
+        raise PeftError(
+            f"{folder.name}: modules_to_save={saves}, but {WEIGHTS} holds no tensor of {(lost or saves)[0]}: save the "
+            "adapter again, or take the name off the list"
+        )
+    if raw["peft_type"] == "PROMPT_TUNING":
+        return
+    if not adapted:
+        raise PeftError(
+            f"{folder.name}: target_modules={raw.get('target_modules')!r}, but {WEIGHTS} holds no part of a "
+            f"{raw['peft_type']} adapter at all: save it again"
+        )
+    if any(raw.get(field) not in (None, []) for field in ("exclude_modules", "layers_to_transform", "layers_pattern")):
+        return  # which may take all that a name stands for
+    whole = [name for name in kept if any(_inside(entry, [name]) for entry in saves)]
+    modules, kept_whole = ({name.rpartition(".")[0] for name in some} for some in (names, whole))
+    for entry in targets:
+        if _ends(entry, modules) and not _ends(entry, {*adapted, *kept_whole}):  # PEFT keeps whole what both lists name
             raise PeftError(
-                f"{folder.name}: is an adapter for the base with digest {str(digest)[:12]}, this is "
-                f"{source.lineage.ref} with {source.lineage.digest[:12]}"
+                f"{folder.name}: target_modules names {entry}, but {WEIGHTS} holds no part of an adapter of it, only "
+                f"of {len(adapted)} others such as {next(iter(adapted))}: save the adapter again, or take the name off "
+                "the list"
             )
+
+
+def _listed(value: Any) -> list[str]:
+    """The names in a list; an expression, or a word for many, names none."""
+    return [str(entry) for entry in value] if isinstance(value, list) else []
+
+
+def _inside(module: str, names: Collection[str]) -> bool:
+    """Whether one of the tensors is a module's, or lies further in."""
+    return any(f".{module}." in f".{name}" for name in names)
+
+
+def _ends(entry: str, modules: Collection[str]) -> bool:
+    """Whether PEFT takes the entry for the name of one of the modules."""
+    return any(f".{module}".endswith(f".{entry}") for module in modules)
 
 
 def of_pattern(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:
     """The value of ``rank_pattern`` or ``alpha_pattern`` for a module: the first key that fits the end of its name.
 
     Raises:
-      PeftError: a key is no regular expression, or a value no number.
+      PeftError: a key is no regular expression, or a value no finite number.
     """
     found = next((value for key, value in (pattern or {}).items() if _fits(rf"(.*\.)?({key})", module)), default)
-    if type(found) not in (int, float):
-        raise PeftError(f"{module}: rank_pattern or alpha_pattern says {found!r}: expected a number")
+    if type(found) not in (int, float) or not _is_finite(found):
+        raise PeftError(f"{module}: rank_pattern or alpha_pattern says {found!r}: expected a finite number")
     return found
+
+
+def _is_finite(value: float) -> bool:
+    """Whether float32 holds a number as such: JSON may have any number of digits."""
+    return abs(value) <= _LARGEST
 
 
 def is_feedforward(modules: str | list[str] | None, module: str) -> bool:

@@ -105,12 +105,27 @@ def adapter_of(
     """Our adapter around a weight, of their tensors by the last part of their names.
 
     Raises:
-      PeftError: a tensor is missing, or their shapes are another weight's.
+      PeftError: a tensor is missing or none of the method's, or their shapes are another weight's.
     """
+    if odd := sorted(given.keys() - _parts_of(given, raw)):
+        kind = raw["peft_type"]
+        kind += " adapter without use_dora" if odd[0] == "lora_magnitude_vector" and kind == "LORA" else " adapter"
+        raise PeftError(
+            f"{path}: the folder has {', '.join(given)} for it, and a {kind} does not read {odd[0]}: correct the "
+            "configuration, or take the tensor out"
+        )
     try:
         return _adapter(path, weight, given, raw, module, name)
     except KeyError as error:
         raise PeftError(f"{path}: the folder has {', '.join(given)} of its adapter, but no {error.args[0]}") from None
+
+
+def _parts_of(given: Mapping[str, np.ndarray], raw: Mapping[str, Any]) -> set[str]:
+    """The parts that the method reads."""
+    if raw["peft_type"] != "LORA":
+        return {"IA3": {"ia3_l"}, "VERA": {"vera_lambda_d", "vera_lambda_b"}}.get(raw["peft_type"], set())
+    stem = "lora_embedding_" if any(part.startswith("lora_embedding_") for part in given) else "lora_"
+    return {f"{stem}A", f"{stem}B", *(["lora_magnitude_vector"] if raw.get("use_dora") else [])}
 
 
 def _adapter(
@@ -135,6 +150,8 @@ def _adapter(
     a = a.transpose(2, 3, 1, 0) if a.ndim == 4 else a.T
     b = b.reshape(b.shape[:2]).T
     rank = int(b.shape[0])
+    if rank < 1:
+        raise PeftError(f"{path}: its tensors are of rank {rank}, expected 1 or more")
     if (*a.shape[:-1], b.shape[1]) != tuple(weight.shape) or a.shape[-1] != rank:
         raise PeftError(
             f"{path}: an adapter of shapes {a.shape} and {b.shape} is for another base; this weight is "
@@ -148,7 +165,13 @@ def _adapter(
     rate = 0.0 if embedded else float(raw.get("lora_dropout") or 0.0)
     if not raw.get("use_dora"):
         return LoRA(weight, *ab, scale, rate, name, rank_of_base)
-    return DoRA(weight, *ab, scale, rate, name, rank_of_base, jnp.asarray(given["lora_magnitude_vector"].reshape(-1)))
+    magnitude = jnp.asarray(given["lora_magnitude_vector"].reshape(-1), jnp.float32)
+    if magnitude.shape != tuple(weight.shape[-1:]):
+        raise PeftError(
+            f"{path}: lora_magnitude_vector has {magnitude.shape[0]} magnitudes for a weight of shape "
+            f"{tuple(weight.shape)}, expected one an output"
+        )
+    return DoRA(weight, *ab, scale, rate, name, rank_of_base, magnitude)
 
 
 def matrices_of(adapted: Mapping[str, Any], tensors: Mapping[str, np.ndarray], raw: Mapping[str, Any]) -> Params:

@@ -215,6 +215,8 @@ def test_bad_options():
         lambda: at.lora(0),
         lambda: at.lora(2, dropout=1.0),
         lambda: at.lora(2, alpha=-1),
+        lambda: at.lora(2, alpha=float("nan")),
+        lambda: at.dora(2, alpha=float("inf")),
         lambda: at.ia3("x"),
     ):
         with pytest.raises(at.AdapterError):

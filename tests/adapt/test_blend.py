@@ -11,7 +11,7 @@ from jaxtransfer.adapt import attaching as at
 from jaxtransfer.adapt import blend
 from jaxtransfer.adapt.blend import BlendError
 from jaxtransfer.tree.weights import materialize
-from jaxtransfer.types import Lineage, Model, Source
+from jaxtransfer.types import Head, Lineage, Model, Source
 from tests.adapt.strategies import KEY, moved
 
 
@@ -101,6 +101,38 @@ def test_strangers_are_refused():
         blend.task_vector(a, source(1, extra=jnp.zeros(1)))
     with pytest.raises(BlendError, match="no common ancestor"):  # nothing says where either comes from
         blend.soup([source(0, digest=""), source(1, digest="")])
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name():
+    a, b = source(0), source(1)
+    vector = blend.task_vector(b, a)
+    for wrong, message in (
+        (lambda: blend.interpolate(a, b, np.nan), "interpolate: alpha must be a finite number, got nan"),
+        (lambda: blend.soup([a, b], [1, np.inf]), r"soup: weights\[1\] must be a finite number, got inf"),
+        (lambda: blend.add_vectors(a, {"x": (np.nan, vector)}), "the coefficient of 'x' must be a finite number"),
+        (lambda: blend.greedy_soup([a, b], lambda _: np.nan), "no model has a finite score, they are nan, nan"),
+    ):
+        with pytest.raises(BlendError, match=message):
+            wrong()
+
+
+def test_a_greedy_soup_leaves_out_what_has_no_finite_score():
+    scores = iter([np.nan, 0.5, np.inf, 0.7, np.nan])
+    found, taken = blend.greedy_soup([source(i) for i in range(4)], lambda _: next(scores))
+    assert taken == (3,) and next(scores, None) is None
+    assert same(found.params, source(3).params)
+
+
+def test_models_with_labels_in_another_order_are_strangers():
+    def under(*labels, kind="sequence-classification"):
+        found = source(0)
+        return dataclasses.replace(found, model=dataclasses.replace(found.model, head=Head(kind, labels)))
+
+    with pytest.raises(BlendError, match=r"soup: .* of labels \['no', 'yes'\], the other .* of labels \['yes', 'no'\]"):
+        blend.soup([under("no", "yes"), under("yes", "no")])
+    with pytest.raises(BlendError, match=r"one in a sequence-classification head .* the other in a token-class"):
+        blend.task_vector(under("no", "yes"), under("no", "yes", kind="token-classification"))
+    blend.soup([under("no", "yes"), under("LABEL_0", "LABEL_1"), source(0)])
 
 
 def adapted(seed, make=None, base=None, name="default"):

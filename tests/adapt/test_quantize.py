@@ -110,6 +110,26 @@ def test_products_equal_those_of_the_unpacked_weight(pack):
                      jax.grad(lambda x: jnp.sum(linear(x, whole, b) ** 2))(x))  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.02, 1e-5])
+def test_int8_holds_in_float16_what_the_weight_does(scale):
+    """``x q`` alone is 127 / max |W| times the product, above what float16 holds."""
+    x, w = jnp.abs(normal(2, 1024)).astype(jnp.float16) * 8, normal(1024, 4, seed=1) * scale
+    packed = int8(w)
+
+    def loss(x, w):
+        return jnp.sum(linear(x, w).astype(jnp.float32))
+
+    whole = packed.materialize()
+    for got, want in (
+        (linear(x, packed), linear(x, whole)),
+        (jax.grad(loss)(x, packed), jax.grad(loss)(x, whole)),
+    ):
+        assert got.dtype == jnp.float16 and bool(jnp.all(jnp.isfinite(got)))
+        assert relative(got.astype(jnp.float32), want.astype(jnp.float32)) < 0.01
+    big = jnp.full((1, 1024), 10, jnp.float16)
+    np.testing.assert_allclose(linear(big, int8(jnp.ones((1024, 2)))), jnp.full((1, 2), 10240.0), rtol=1e-3)
+
+
 def test_int8_takes_convolutions():
     x, w = normal(2, 5, 5, 3), normal(3, 3, 3, 4, seed=1)
     zoo.assert_close(conv(x, int8(w), how=Window((2, 2))), conv(x, int8(w).materialize(), how=Window((2, 2))))

@@ -164,7 +164,8 @@ def test_what_does_not_fit_is_refused_by_name():
     source = plain(w=normal(7, 4), v=normal(3, 9))
     for call, message in (
         (lambda: at.vera(0), "rank must be 1 or more"),
-        (lambda: at.vera(2, d=0.0), "d not zero"),
+        (lambda: at.vera(2, d=0.0), "d finite and not zero"),
+        (lambda: at.vera(2, d=float("nan")), "d finite and not zero; got 2, 0.0, nan"),
         (lambda: at.attach(source, [("w/kernel", at.vera(2)), (".*", at.vera(3))], KEY), r"one rank, these.*\[2, 3\]"),
         (lambda: at.attach(at.attach(source, [("w/kernel", at.vera(2))], KEY), [("v/kernel", at.vera(2))], KEY),
          "there is one called 'default' already"),

@@ -102,6 +102,44 @@ def test_the_last_and_the_best_stay_in_numeric_order(tmp_path):
         Checkpointer(tmp_path, lineage=LINEAGE, keep=0)
 
 
+@pytest.mark.parametrize("step", [-1, 3.0, True, "4", np.int64(4), None])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    with Checkpointer(tmp_path, lineage=LINEAGE) as saver:
+        with pytest.raises(CheckpointError, match="a step is an int of 0 or more, got "):
+            saver.save(step, tiny(1), {})
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_comes_after_the_last(tmp_path):
+    with Checkpointer(tmp_path, lineage=LINEAGE, keep=1) as saver:
+        saver.save(5, tiny(5), {})
+        for step in (2, 5):
+            with pytest.raises(CheckpointError, match=f"step {step} is not above 5, the last one here; go on"):
+                saver.save(step, tiny(step), {})
+        saver.save(6, tiny(6), {})
+    assert checkpoint.steps(tmp_path) == [6]
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["no mark of ours", "no manifest"])
+def test_what_is_no_checkpoint_makes_way(tmp_path, marked):
+    with Checkpointer(tmp_path, lineage=LINEAGE) as saver:
+        for step in (1, 2):
+            saver.save(step, tiny(step), {})
+        saver.wait()
+        for name in ("manifest.json", *(() if marked else ("meta.json",))):
+            (tmp_path / "2" / name).unlink()
+        (tmp_path / "3").mkdir()
+        (tmp_path / "4").symlink_to("nowhere")
+        with pytest.warns(UserWarning, match=r"/2: was no whole checkpoint \(now 2\.damaged\)") as caught:
+            saver.save(2, tiny(2), {})
+        assert len(caught) == 1
+        saver.save(3, tiny(3), {})
+        with pytest.warns(UserWarning, match=r"/4: .*now 4\.damaged"):
+            saver.save(4, tiny(4), {})
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.damaged", "3", "4", "4.damaged"]
+
+
 def test_nothing_is_deleted_unless_the_newest_is_whole(tmp_path, monkeypatch):
     publish = manifest.Draft.publish
 

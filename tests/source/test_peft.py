@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtransfer import export, load
+from jaxtransfer import export, heads, load, swap_head
 from jaxtransfer.adapt import attaching as at
 from jaxtransfer.adapt import subtrees
 from jaxtransfer.models import apply
 from jaxtransfer.source.peft import PeftError, load_adapter, write_adapter
 from jaxtransfer.source.peft_config import EVERYWHERE, READ, SILENT, read_config
+from jaxtransfer.source.safetensors import TensorFile
+from jaxtransfer.source.writer import write
 from jaxtransfer.tree.weights import is_weight
 from jaxtransfer.types import Lineage, Source
 from tests import tiny
@@ -163,9 +165,17 @@ def test_what_is_not_supported_is_refused_by_name(base, tmp_path):
     refuse({}, "has an adapter called 'default' already", twice)
 
 
+INFINITE = float("inf")
+
+
+def put_fields(folder, fields):
+    """Writes a configuration; JSON has no infinity, but numbers that are too large."""
+    (folder / "adapter_config.json").write_text(json.dumps(fields).replace("Infinity", "1e999"))
+
+
 def read(folder, **fields):
     """What `read_config` makes of a configuration."""
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    put_fields(folder, fields)
     (folder / "adapter_model.safetensors").touch()
     return read_config(folder)
 
@@ -201,6 +211,9 @@ def test_every_field_of_peft_is_read_or_passed_over_for_a_reason_or_refused_by_n
         ("LORA", {"r": "8"}, "field r='8' of a LORA adapter: expected int"),
         ("LORA", {"lora_alpha": None}, "field lora_alpha=None of a LORA adapter: expected int or float"),
         ("LORA", {"lora_alpha": True}, "field lora_alpha=True"),
+        ("LORA", {"lora_alpha": INFINITE}, "field lora_alpha=inf of a LORA adapter: expected a finite number"),
+        ("LORA", {"lora_alpha": 10**400}, "field lora_alpha=10* of a LORA adapter: expected a finite number"),
+        ("LORA", {"r": 0}, "field r=0 of a LORA adapter: expected a rank of 1 or more"),
         ("LORA", {"lora_dropout": 1.5}, r"field lora_dropout=1.5 of a LORA adapter: expected a share in \[0, 1\)"),
         ("LORA", {"use_dora": "yes"}, "field use_dora='yes' of a LORA adapter: expected bool or null"),
         ("LORA", {"rank_pattern": [4]}, r"field rank_pattern=\[4\] of a LORA adapter: expected dict or null"),
@@ -237,12 +250,100 @@ def test_every_field_of_lora_that_is_read_counts(base, tmp_path):
         ({"r": 4}, "query/kernel: its tensors are of rank 2, the configuration says 4"),
         ({"rank_pattern": {}}, "down/kernel: its tensors are of rank 3, the configuration says 2"),
         ({"rank_pattern": {"down": "3"}}, "its tensors are of rank 3, the configuration says 2"),
-        ({"rank_pattern": {".*": "3"}}, "rank_pattern or alpha_pattern says '3': expected a number"),
+        ({"rank_pattern": {".*": "3"}}, "rank_pattern or alpha_pattern says '3': expected a finite number"),
         ({"alpha_pattern": {"(": 3}}, "is no regular expression"),
         ({"use_dora": True}, "query/kernel: the folder has .* of its adapter, but no lora_magnitude_vector"),
     ):
         with pytest.raises(PeftError, match=message):
             loaded(**change)
+
+
+@pytest.fixture
+def change(tmp_path):
+    """Writes the adapter of a source, with other fields and tensors."""
+
+    def change(source, fields=(), tensors=None):
+        if not (tmp_path / "adapter_config.json").exists():
+            write_adapter(source, tmp_path)
+            raw = json.loads((tmp_path / "adapter_config.json").read_text())
+            file = TensorFile(tmp_path / "adapter_model.safetensors")
+            change.raw, change.tensors = raw, {name: np.array(file.read(name)) for name in file.tensors}
+        put_fields(tmp_path, {**change.raw, **dict(fields)})
+        held = change.tensors if tensors is None else tensors(change.tensors)
+        write(tmp_path / "adapter_model.safetensors", held, {"format": "pt"})
+        return tmp_path
+
+    return change
+
+
+def without(part):
+    return lambda tensors: {name: array for name, array in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "vera"])
+def test_what_the_configuration_names_and_the_folder_lacks_is_refused(name, base, change):
+    _, source = base
+    tuned = moved(at.attach(source, OURS[name][:2], jax.random.key(0)))
+    few = ["query", "value", "output.dense"]
+    names = "target_modules names bert.encoder.layer.1.attention.self.value, but .* only of 11 others such as bert"
+    for fields, tensors, message in (
+        ({}, without("layer.1.attention.self.value"), names),
+        ({"target_modules": few}, without("self.value"), "target_modules names value, but"),
+        ({"target_modules": ["key", "query"]}, None, "target_modules names key, but"),
+        ({"target_modules": ".*query"}, without("layer"), f"='.*query', .* holds no part of a {name.upper()} adapter"),
+        ({}, without("classifier"), r"modules_to_save=\['classifier'\], but .* holds no tensor of classifier"),
+        ({"modules_to_save": ["pooler", "classifier"]}, None, "holds no tensor of pooler"),
+        ({"modules_to_save": ["score"]}, without("classifier"), "holds no tensor of score"),
+    ):
+        with pytest.raises(PeftError, match=message):
+            load_adapter(source, change(tuned, fields, tensors))
+    # An expression, what PEFT lists for every classifier, and names that nothing here has or that are taken out again.
+    for fields in (
+        {"target_modules": ".*"},
+        {"modules_to_save": ["classifier", "score"]},
+        {"target_modules": [*few, "q_proj"]},
+        {"target_modules": ["key", "query"], "exclude_modules": "key"},
+    ):
+        load_adapter(source, change(tuned, fields))
+
+
+def test_an_adapter_stands_under_its_own_labels(base, tmp_path):
+    _, source = base
+    key = jax.random.key(0)
+    own, turned, numbered = (
+        swap_head(source, heads.classifier(labels), key) for labels in (["no", "yes"], ["yes", "no"], 2)
+    )
+    folder = export(moved(at.attach(own, OURS["dora"], key)), tmp_path / "a", format="peft")
+    for other, message in (
+        (turned, r"trained under a sequence-class.* of labels \['no', 'yes'\], this model ends in .*\['yes', 'no'\]"),
+        (swap_head(source, heads.span(), key), "this model ends in a question-answering head: swap_head to the former"),
+    ):
+        with pytest.raises(PeftError, match=message):
+            load_adapter(other, folder)
+    for same in (own, numbered):
+        load_adapter(same, folder)
+
+
+def test_tensors_that_the_method_does_not_read_or_cannot_are_refused_by_name(base, change):
+    _, source = base
+    tuned = moved(at.attach(source, OURS["dora"], jax.random.key(0)))
+    stem = "base_model.model.bert.encoder.layer.0.attention.self.query."
+    magnitude = f"{stem}lora_magnitude_vector"
+
+    def put(name, make):
+        return lambda tensors: {**tensors, name: make(tensors.get(name))}
+
+    for fields, tensors, message in (
+        ({}, put(magnitude, lambda m: m[:1]), r"query/kernel: lora_magnitude_vector has 1 magnitudes .*\(16, 16\)"),
+        ({"use_dora": False}, None, "a LORA adapter without use_dora does not read lora_magnitude_vector"),
+        ({}, put(f"{stem}ia3_l", lambda _: np.ones((16, 1), np.float32)), "a LORA adapter does not read ia3_l"),
+        ({}, put(f"{stem}lora_B.weight", lambda b: b * np.nan), r"query\.lora_B\.weight holds numbers that are not"),
+        ({"alpha_pattern": {"query": INFINITE}}, None, "rank_pattern or alpha_pattern says inf: expected a finite"),
+    ):
+        with pytest.raises(PeftError, match=message):
+            load_adapter(source, change(tuned, fields, tensors))
+    half = load_adapter(source, change(tuned, {}, put(magnitude, lambda m: m.astype(np.float16))))
+    assert half.params["blocks"]["0"]["attention"]["query"]["kernel"].magnitude.dtype == jnp.float32
 
 
 def test_adapters_that_peft_has_no_form_for_are_refused(base, tmp_path):
