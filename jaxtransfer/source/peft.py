@@ -122,7 +122,7 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
     file = TensorFile(folder / WEIGHTS)
     tensors = {key: file.read(key) for key in file.tensors}
     if odd := [key for key, value in tensors.items() if not np.isfinite(value).all()]:
-        raise PeftError(f"{folder.name}: {odd[0]} holds numbers that are not finite: take a checkpoint from before")
+        raise PeftError(f"{folder.name}: {odd[0]} holds numbers that are not finite: save that of an earlier step")
     table = family(source.model.family).names(source.model)
     flat = flatten(source.params, is_leaf=is_weight)
     rows = table.export_names(_own(source, flat), with_prefix=source.model.head is not None)

@@ -177,10 +177,10 @@ def check_held(
     modules, kept_whole = ({name.rpartition(".")[0] for name in some} for some in (names, whole))
     for entry in targets:
         if _ends(entry, modules) and not _ends(entry, {*adapted, *kept_whole}):  # PEFT keeps whole what both lists name
+            shown = ", ".join(sorted(adapted)[:3]) + (", ..." if len(adapted) > 3 else "")
             raise PeftError(
                 f"{folder.name}: target_modules names {entry}, but {WEIGHTS} holds no part of an adapter of it, only "
-                f"of {len(adapted)} others such as {next(iter(adapted))}: save the adapter again, or take the name off "
-                "the list"
+                f"of {shown}: save the adapter again, or take the name off the list"
             )
 
 

@@ -285,7 +285,7 @@ def test_what_the_configuration_names_and_the_folder_lacks_is_refused(name, base
     _, source = base
     tuned = moved(at.attach(source, OURS[name][:2], jax.random.key(0)))
     few = ["query", "value", "output.dense"]
-    names = "target_modules names bert.encoder.layer.1.attention.self.value, but .* only of 11 others such as bert"
+    names = "target_modules names bert.encoder.layer.1.attention.self.value, but .* only of bert"
     for fields, tensors, message in (
         ({}, without("layer.1.attention.self.value"), names),
         ({"target_modules": few}, without("self.value"), "target_modules names value, but"),
