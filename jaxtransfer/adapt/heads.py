@@ -82,9 +82,9 @@ def swap_head(source: Source, head: Head, key: jax.Array) -> Source:
         f"swap_head({head.kind}, labels={list(head.labels)}, new: {', '.join(new) or 'nothing'}; "
         f"dropped: {', '.join(dropped) or 'nothing'})"
     )
-    # Whether labels exclude each other was said of the head that is gone.
-    raw = {key: value for key, value in source.assets.get("config", {}).items() if key != "problem_type"}
-    assets = {**source.assets, "config": raw} if "config" in source.assets else source.assets
+    assets, raw = source.assets, source.assets.get("config", {})
+    if "problem_type" in raw:  # whether labels exclude each other, said of the head that is gone
+        assets = {**assets, "config": {key: value for key, value in raw.items() if key != "problem_type"}}
     return dataclasses.replace(source, model=model, params={**kept, **new}, lineage=_noted(source, note), assets=assets)
 
 
