@@ -173,7 +173,7 @@ def _check_losses(
     states = jax.eval_shape(lambda: states_of(terms, shapes))
     beside = jax.eval_shape(lambda: aux_of(terms, model, jax.random.key(0), shapes))
 
-    def loss(entry: Any, term: Term, params: Params, states: Params, rows: Mapping[str, jax.Array]) -> jax.Array:
+    def losses(params: Params, states: Params, rows: Mapping[str, jax.Array]) -> None:
         key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
 
         def view(rows: Mapping[str, jax.Array]) -> View:
@@ -184,16 +184,16 @@ def _check_losses(
         target = {name: x for name, x in rows.items() if name != "labels"}
         own = rows if task.augment is None else task.augment(rows, key)
         main = dataclasses.replace(view(own), domains={TARGET: view(target), made.REPLAY: view(rows)})
-        if isinstance(entry, configured.EWCConfig):
-            seen.logits(main)  # of which the Fisher information is, before the first step
-        return term.loss(main)[0]
+        for i, (term, entry) in enumerate(zip(terms, config.objective.terms, strict=True)):
+            where = f"objective.terms[{i}]"
+            try:
+                if isinstance(entry, configured.EWCConfig):
+                    seen.logits(main)  # of which the Fisher information is, before the first step
+                term.loss(main)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"{where}: {entry.method}: {error}", where) from None
 
-    for i, (term, entry) in enumerate(zip(terms, config.objective.terms, strict=True)):
-        where = f"objective.terms[{i}]"
-        try:
-            jax.eval_shape(functools.partial(loss, entry, term), {**params, **beside}, states, rows)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{where}: {entry.method}: {error}", where) from None
+    jax.eval_shape(losses, {**params, **beside}, states, rows)
 
 
 def _term(entry: Any, task: Task, model: Model, steps: int) -> Term:
