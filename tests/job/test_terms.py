@@ -82,6 +82,19 @@ def test_what_holds_to_the_source_starts_at_nothing(world, tmp_path):
     assert 0 < rows[0]["l2_sp"] < rows[-1]["l2_sp"] and rows[-1]["ewc"] > 0 and rows[-1]["lwf"] > 0
 
 
+@pytest.mark.parametrize("head", ["source", "fresh"])
+def test_mixout_swaps_a_head_that_the_source_has_and_no_other(head, world):
+    task = {"max_length": 16, "head": head, "labels": ["negative", "positive"]}
+    how = with_terms(world, domains=(), mixout=0.9)
+    config = world.config(world.root / "none", source={"ref": world.trained}, task=task, **how)
+    job = prepare.prepare(config, lambda text: None)
+    ones = jax.tree.map(np.ones_like, job.adapted(0).params)
+    zeros = {"anchor": jax.tree.map(np.zeros_like, ones)}
+    mixed = flatten(job.terms.options["perturb"](ones, zeros, jax.random.key(0)))
+    changed = {path for path, leaf in mixed.items() if (np.asarray(leaf) != 1).any()}
+    assert ("head/out/kernel" in changed) == (head == "source") and any(not p.startswith("head/") for p in changed)
+
+
 def test_replay_and_a_memory_read_rows_of_the_domain_before(world, tmp_path):
     commands.run(
         world.config(tmp_path / "a", **with_terms(world, {"method": "replay"}, domains=("replay",))), console=console()
