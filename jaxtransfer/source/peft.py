@@ -112,8 +112,9 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
       name: of the adapter here; a prompt has none.
 
     Raises:
-      PeftError: a field or method that is not supported, by name; tensors without a place, of other shapes, not finite,
-        or missing though the configuration names their module; an adapter of ours for another base or head.
+      PeftError: a field or method that is not supported, by name; tensors without a place, of other shapes, not
+        finite floats, or missing though the configuration names their module; an adapter of ours for another base or
+        head.
     """
     folder = Path(folder)
     raw = read_config(folder)
@@ -121,6 +122,8 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
     check_base(source, folder)
     file = TensorFile(folder / WEIGHTS)
     tensors = {key: file.read(key) for key in file.tensors}
+    if odd := [key for key, value in tensors.items() if not jnp.issubdtype(value.dtype, jnp.floating)]:
+        raise PeftError(f"{folder.name}: {odd[0]} is {tensors[odd[0]].dtype}, expected floats")
     if odd := [key for key, value in tensors.items() if not np.isfinite(value).all()]:
         raise PeftError(f"{folder.name}: {odd[0]} holds numbers that are not finite: save that of an earlier step")
     table = family(source.model.family).names(source.model)

@@ -145,6 +145,8 @@ def _adapter(
             raise PeftError(f"{path}: (IA)3 has {gain.shape[0]} gains for a weight of shape {tuple(weight.shape)}")
         return IA3(weight, gain, on, name, rank_of_base)
     embedded = "lora_embedding_A" in given
+    if embedded and raw.get("use_dora"):
+        raise PeftError(f"{path}: DoRA is not defined on embeddings here: merge the adapter in PEFT, or train LoRA")
     pair: list[Any] = [given[f"lora_embedding_{x}" if embedded else f"lora_{x}"] for x in "AB"]
     a, b = pair
     a = a.transpose(2, 3, 1, 0) if a.ndim == 4 else a.T

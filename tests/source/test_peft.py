@@ -333,17 +333,27 @@ def test_tensors_that_the_method_does_not_read_or_cannot_are_refused_by_name(bas
     def put(name, make):
         return lambda tensors: {**tensors, name: make(tensors.get(name))}
 
+    whole = r"query\.lora_B\.weight is int32, expected floats"
     for fields, tensors, message in (
         ({}, put(magnitude, lambda m: m[:1]), r"query/kernel: lora_magnitude_vector has 1 magnitudes .*\(16, 16\)"),
         ({"use_dora": False}, None, "a LORA adapter without use_dora does not read lora_magnitude_vector"),
         ({}, put(f"{stem}ia3_l", lambda _: np.ones((16, 1), np.float32)), "a LORA adapter does not read ia3_l"),
         ({}, put(f"{stem}lora_B.weight", lambda b: b * np.nan), r"query\.lora_B\.weight holds numbers that are not"),
+        ({}, put(f"{stem}lora_B.weight", lambda b: b.astype(np.int32)), whole),
         ({"alpha_pattern": {"query": INFINITE}}, None, "rank_pattern or alpha_pattern says inf: expected a finite"),
     ):
         with pytest.raises(PeftError, match=message):
             load_adapter(source, change(tuned, fields, tensors))
     half = load_adapter(source, change(tuned, {}, put(magnitude, lambda m: m.astype(np.float16))))
     assert half.params["blocks"]["0"]["attention"]["query"]["kernel"].magnitude.dtype == jnp.float32
+
+
+def test_a_dora_on_an_embedding_is_refused_when_it_is_read(base, change):
+    _, source = base
+    words = at.attach(source, [("embed/word/embedding", at.lora(2))], jax.random.key(0))
+    assert "a" in vars(load_adapter(source, change(words)).params["embed"]["word"]["embedding"])
+    with pytest.raises(PeftError, match="embed/word/embedding: DoRA is not defined on embeddings here"):
+        load_adapter(source, change(words, {"use_dora": True}))
 
 
 def test_adapters_that_peft_has_no_form_for_are_refused(base, tmp_path):
