@@ -189,6 +189,45 @@ def test_traffic_reads_and_writes_each_array_once_and_of_a_stack_the_layer():
     assert traffic(hlo.parse(text)) < 4 * x.nbytes
 
 
+NESTED = """
+HloModule nested
+
+%copied (p: f32[80,64,64]) -> f32[80,64,64] {
+  %p = f32[80,64,64]{2,1,0} parameter(0)
+  ROOT %c = f32[80,64,64]{1,2,0} copy(%p)
+}
+
+%layer (p.1: f32[80,64,64], i.1: s32[]) -> f32[64,64] {
+  %p.1 = f32[80,64,64]{2,1,0} parameter(0)
+  %same = f32[80,64,64]{1,2,0} fusion(%p.1), kind=kLoop, calls=%copied
+  %i.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,64,64]{2,1,0} dynamic-slice(%same, %i.1, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  ROOT %w = f32[64,64]{1,0} bitcast(%slice)
+}
+
+%product (x.2: f32[64,64], p.2: f32[80,64,64], i.2: s32[]) -> f32[64,64] {
+  %x.2 = f32[64,64]{1,0} parameter(0)
+  %p.2 = f32[80,64,64]{2,1,0} parameter(1)
+  %i.2 = s32[] parameter(2)
+  %w.2 = f32[64,64]{1,0} fusion(%p.2, %i.2), kind=kLoop, calls=%layer
+  ROOT %y.2 = f32[64,64]{1,0} convolution(%x.2, %w.2), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[64,64], p: f32[80,64,64], i: s32[]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %p.3 = f32[80,64,64]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = f32[64,64]{1,0} fusion(%x, %p.3, %i), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_traffic_of_a_layer_sliced_inside_of_fused_computations_is_the_layer():
+    matrix, scalar = 64 * 64 * 4, 4
+    assert traffic(hlo.parse(NESTED)) == 3 * matrix + scalar
+
+
 # As libtpu writes loops: the condition compares a counter with a constant, here four passes, two at a time.
 LOOP = """
 %body (p: (u32[], bf16[8,128])) -> (u32[], bf16[8,128]) {

@@ -1,8 +1,6 @@
 """What a compiled program moves between the device and its HBM."""
 
-from collections.abc import Iterator
-
-from jaxtransfer.plan.hlo import Computation, Instruction, Program
+from jaxtransfer.plan.hlo import COLLECTIVES, Computation, Instruction, Program
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -15,7 +13,8 @@ def traffic(program: Program) -> float:
     """Bytes that one call reads and writes in HBM.
 
     Every fused instruction reads its operands and writes its results once, a slice of an array counts as the slice,
-    and what lies in memory on the chip counts for nothing.
+    and what lies in memory on the chip counts for nothing. A collective that goes on beside several fused computations
+    is counted where it starts.
     """
     return sum(
         times * sum(_moved(program, computation, instruction) for instruction in computation.instructions)
@@ -31,13 +30,16 @@ def _moved(program: Program, computation: Computation, instruction: Instruction)
     if name is None:
         return _plain(instruction, operands)
     fused = program.computations[name]
+    if 'custom_call_target="AsyncCollectiveDone"' in fused.root.rest:
+        return 0.0
+    given = zip((computation.by_name[name] for name in instruction.operands), _parameters(fused), strict=False)
+    read = sum(min(_hbm(operand), _read(program, fused, parameter)) for operand, parameter in given)
+    return read + _written(program, fused, instruction)
+
+
+def _parameters(fused: Computation) -> list[Instruction]:
     given = [i for i in fused.instructions if i.op == "parameter"]
-    order = sorted(given, key=lambda parameter: int(parameter.rest))
-    read = sum(
-        min(_hbm(operand), _read(fused, parameter))
-        for operand, parameter in zip((computation.by_name[n] for n in instruction.operands), order, strict=False)
-    )
-    return read + _written(fused, instruction)
+    return sorted(given, key=lambda parameter: int(parameter.rest))
 
 
 def _plain(instruction: Instruction, operands: list[Instruction]) -> float:
@@ -51,44 +53,72 @@ def _plain(instruction: Instruction, operands: list[Instruction]) -> float:
     return _hbm(instruction) + sum(map(_hbm, operands))
 
 
-def _read(fused: Computation, parameter: Instruction) -> float:
-    """How much of a parameter a fused computation reads: all, or the slices that it takes of it."""
+def _read(program: Program, fused: Computation, parameter: Instruction) -> float:
+    """How much of a parameter a fused computation, with those fused into it, reads: all, or the slices taken of it."""
     total = 0.0
-    for user in _users(fused, parameter):
+    views = _views(program, fused, parameter)
+    if fused.root.name in views:
+        return float("inf")
+    for user in fused.instructions:
+        if user.name in views or not views.intersection(user.operands):
+            continue
+        if user.root and user.op == "tuple" and parameter.name in user.operands:
+            continue  # handed on
         if user.op in ("dynamic-slice", "slice", "gather"):
             total += user.bytes
-        elif user.op == "dynamic-update-slice" and fused.by_name[user.operands[0]] in _views(fused, parameter):
+        elif user.op == "dynamic-update-slice" and user.operands[0] in views:
             continue  # written in place
+        elif user.op == "fusion":
+            within = program.computations[user.called("calls") or ""]
+            total += sum(
+                _read(program, within, inner)
+                for name, inner in zip(user.operands, _parameters(within), strict=True)
+                if name in views
+            )
         else:
             return float("inf")
     return total
 
 
-def _users(fused: Computation, value: Instruction) -> Iterator[Instruction]:
-    for view in _views(fused, value):
-        yield from (i for i in fused.instructions if view.name in i.operands and i.op != "bitcast")
-
-
-def _views(fused: Computation, value: Instruction) -> list[Instruction]:
-    """A value and the bitcasts of it."""
-    views = [value]
+def _views(program: Program, fused: Computation, value: Instruction) -> set[str]:
+    """A value, and what is the same numbers in another order: bitcasts, and copies that are never made."""
+    views = {value.name}
     for instruction in fused.instructions:
-        if instruction.op == "bitcast" and instruction.operands[0] in {view.name for view in views}:
-            views.append(instruction)
+        if views.intersection(instruction.operands) and _same(program, instruction):
+            views.add(instruction.name)
     return views
 
 
-def _written(fused: Computation, instruction: Instruction) -> float:
+def _same(program: Program, instruction: Instruction) -> bool:
+    if instruction.op == "fusion":
+        within = program.computations[instruction.called("calls") or ""].instructions
+        return all(inner.op == "parameter" or _same(program, inner) for inner in within)
+    return instruction.op in ("bitcast", "copy")
+
+
+def _written(program: Program, fused: Computation, instruction: Instruction) -> float:
     """Of a result that is updated in place, the update alone."""
     root = fused.root
     results = [fused.by_name[name] for name in root.operands] if root.op == "tuple" else [root]
-    total = 0.0
-    for result, array in zip(results, instruction.arrays, strict=False):
-        while result.op == "bitcast":
-            result = fused.by_name[result.operands[0]]
-        update = result.op == "dynamic-update-slice"
-        total += (fused.by_name[result.operands[1]].bytes if update else array.bytes) if array.hbm else 0.0
-    return total
+    if len(results) != len(instruction.arrays):
+        return _hbm(instruction)
+    return sum(
+        min(array.bytes, _made(program, fused, result))
+        for result, array in zip(results, instruction.arrays, strict=True)
+        if array.hbm
+    )
+
+
+def _made(program: Program, fused: Computation, result: Instruction) -> float:
+    """How much of its result an instruction writes: all, what it puts into an array that is there, or nothing."""
+    while result.op == "bitcast":
+        result = fused.by_name[result.operands[0]]
+    if result.op == "parameter" or (result.op in COLLECTIVES and "chain_id" in result.rest):
+        return 0.0
+    if result.op == "fusion":
+        within = program.computations[result.called("calls") or ""]
+        return _made(program, within, within.root)
+    return fused.by_name[result.operands[1]].bytes if result.op == "dynamic-update-slice" else float("inf")
 
 
 def _hbm(instruction: Instruction) -> float:
