@@ -20,7 +20,7 @@ from jaxtransfer.job import adapting, blueprints, meshes, planning, searching
 from jaxtransfer.job.prepare import trained
 from jaxtransfer.job.sources import sharding_rules
 from jaxtransfer.job.tasks import make_task
-from jaxtransfer.models import apply, family, init
+from jaxtransfer.models import apply, family, init, layers
 from jaxtransfer.models.api import layout_of
 from jaxtransfer.parallel import make_mesh, spelled
 from jaxtransfer.plan import hlo
@@ -286,6 +286,24 @@ def test_frozen_layers_need_no_gradient_no_optimizer_and_a_third_of_the_operatio
 
 
 # The command
+
+
+def test_what_attention_computes_twice_is_no_need_of_the_model(made, monkeypatch):
+    def counted():
+        draft = blueprints.draft(made(adapt={"train": "full"}), quiet)
+        _, needed, done = searching.drawn(
+            draft, dataclasses.replace(searching.given(draft.config, draft.config.mesh), remat=None),
+            plan.topology("h200:1"),
+        )  # fmt: skip
+        return needed, done
+
+    whole = counted()
+    assert whole[0] == whole[1]
+    monkeypatch.setattr(layers, "SCORES", 1)
+    monkeypatch.setattr(layers, "ROWS", 4)
+    needed, done = counted()
+    assert needed == whole[0]
+    assert done > needed
 
 
 def test_gpus_are_planned_by_arithmetic_and_it_says_so(made):

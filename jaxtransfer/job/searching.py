@@ -14,6 +14,7 @@ from jaxtransfer.config import Config, ConfigError, MeshConfig
 from jaxtransfer.job.blueprints import Draft
 from jaxtransfer.job.meshes import abstract_mesh, device_mesh, lies
 from jaxtransfer.models import family
+from jaxtransfer.models.layers import at_once
 from jaxtransfer.parallel import ShardingError, spelled
 from jaxtransfer.plan import Blueprint, Estimate, Topology
 
@@ -57,7 +58,9 @@ def drawn(draft: Draft, trial: Trial, where: Topology) -> tuple[Blueprint, float
     made = draft.on(mesh, **trial.run)
     done = planning.count(planning.trace(made)) / where.count
     plain = draft.on(mesh, remat=None, accumulate=1)
-    return made, planning.count(planning.trace(plain)) / where.count, done
+    with at_once():
+        needed = planning.count(planning.trace(plain))
+    return made, needed / where.count, done
 
 
 def estimated(draft: Draft, made: Blueprint, trial: Trial, jaxpr: Any = None) -> Estimate:
