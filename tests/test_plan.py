@@ -180,6 +180,29 @@ def test_collectives_are_counted_with_the_loops_around_them():
     assert found.bytes == 5 * 64 * 64 * 4 * 7 / 8
 
 
+SCATTERED = """
+HloModule scattered
+
+%scatter (p: bf16[512,64]) -> bf16[128,64] {
+  %p = bf16[512,64]{1,0} parameter(0)
+  %sum = bf16[512,64]{1,0} all-reduce(%p), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%add
+  %id = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %own = bf16[128,64]{1,0} dynamic-slice(%sum, %id, %zero), dynamic_slice_sizes={128,64}
+}
+
+ENTRY %main (x: bf16[512,64]) -> bf16[128,64] {
+  %x = bf16[512,64]{1,0} parameter(0)
+  ROOT %y = bf16[128,64]{1,0} fusion(%x), kind=kCustom, calls=%scatter
+}
+"""
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    (found,) = hlo.collectives(hlo.parse(SCATTERED))
+    assert found == hlo.Collective("reduce-scatter", 1, 512 * 64 * 2 * 3 / 4)
+
+
 def test_traffic_reads_and_writes_each_array_once_and_of_a_stack_the_layer():
     x = jnp.zeros((256, 256), jnp.float32)
     text = jax.jit(lambda x: jnp.tanh(x) + 1).lower(x).compile().as_text()
