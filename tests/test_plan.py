@@ -251,6 +251,50 @@ def test_traffic_of_a_layer_sliced_inside_of_fused_computations_is_the_layer():
     assert traffic(hlo.parse(NESTED)) == 3 * matrix + scalar
 
 
+# As libtpu spreads a gather over what is computed beside it; S(1) is memory on the chip.
+SPREAD = """
+%start (p.1: f32[16,64]) -> (f32[16,64], f32[64,64], u32[]) {
+  %p.1 = f32[16,64]{1,0:S(1)} parameter(0)
+  %gather.1 = f32[64,64]{1,0} all-gather(%p.1), channel_id=3, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+  ROOT %c.1 = (f32[16,64]{1,0:S(1)}, f32[64,64]{1,0}, u32[]{:S(2)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.2: f32[16,64], q.2: f32[64,64], x.2: f32[32,32]) -> (f32[32,32], f32[64,64]) {
+  %p.2 = f32[16,64]{1,0:S(1)} parameter(0)
+  %q.2 = f32[64,64]{1,0} parameter(1)
+  %x.2 = f32[32,32]{1,0} parameter(2)
+  %tanh.2 = f32[32,32]{1,0} tanh(%x.2)
+  %gather.2 = f32[64,64]{1,0} all-gather(%p.2), channel_id=3, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+  ROOT %t.2 = (f32[32,32]{1,0}, f32[64,64]{1,0}, f32[64,64]{1,0}) tuple(%tanh.2, %q.2, %gather.2)
+}
+
+%done (p.3: f32[16,64], q.3: f32[64,64]) -> f32[64,64] {
+  %p.3 = f32[16,64]{1,0:S(1)} parameter(0)
+  %q.3 = f32[64,64]{1,0} parameter(1)
+  %gather.3 = f32[64,64]{1,0} all-gather(%p.3), channel_id=3, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+  ROOT %c.3 = f32[64,64]{1,0} custom-call(%p.3, %q.3, %gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[16,64], x: f32[32,32]) -> f32[64,64] {
+  %p = f32[16,64]{1,0:S(1)} parameter(0)
+  %x = f32[32,32]{1,0} parameter(1)
+  %begun = (f32[16,64]{1,0:S(1)}, f32[64,64]{1,0}, u32[]{:S(2)}) fusion(%p), kind=kCustom, calls=%start
+  %shard = f32[16,64]{1,0:S(1)} get-tuple-element(%begun), index=0
+  %whole = f32[64,64]{1,0} get-tuple-element(%begun), index=1
+  %going = (f32[32,32]{1,0}, f32[64,64]{1,0}, f32[64,64]{1,0}) fusion(%shard, %whole, %x), kind=kLoop, calls=%beside
+  %y = f32[32,32]{1,0} get-tuple-element(%going), index=0
+  %rest = f32[64,64]{1,0} get-tuple-element(%going), index=2
+  ROOT %z = f32[64,64]{1,0} fusion(%shard, %rest), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+def test_a_gather_that_goes_on_beside_other_work_is_counted_once():
+    program = hlo.parse(SPREAD)
+    assert traffic(program) == 64 * 64 * 4 + 2 * 32 * 32 * 4
+    assert hlo.collectives(program) == [hlo.Collective("all-gather", 1, 64 * 64 * 4 * 3 / 4)]
+
+
 # As libtpu writes loops: the condition compares a counter with a constant, here four passes, two at a time.
 LOOP = """
 %body (p: (u32[], bf16[8,128])) -> (u32[], bf16[8,128]) {

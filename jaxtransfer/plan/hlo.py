@@ -150,28 +150,31 @@ def collectives(program: Program) -> list[Collective]:
     """
     found: dict[str, tuple[int, float]] = {}
     for computation, times in program.runs():
-        for within, instruction in _with_fused(program, computation):
+        for fused, instruction in _with_fused(program, computation):
             kind = instruction.op.removesuffix("-start")
             if kind in COLLECTIVES:
                 sent = _sent(kind, instruction)
-                kept = within.root if within is not computation else instruction
-                if kind == "all-reduce" and kept.op == "dynamic-slice" and instruction.name in kept.operands:
+                if kind == "all-reduce" and fused and _slices(fused.root, instruction):
                     kind, sent = "reduce-scatter", sent / 2
                 count, before = found.get(kind, (0, 0.0))
                 found[kind] = count + times, before + times * sent
     return [Collective(kind, *found[kind]) for kind in COLLECTIVES if kind in found]
 
 
-def _with_fused(program: Program, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
-    """The instructions of a computation and of those fused into one, each collective (by its channel) once."""
+def _slices(root: Instruction, value: Instruction) -> bool:
+    return root.op == "dynamic-slice" and value.name in root.operands
+
+
+def _with_fused(program: Program, computation: Computation) -> Iterator[tuple[Computation | None, Instruction]]:
+    """Its instructions, and those fused into one with the computation that they are in; a channel's collective once."""
     seen: set[str] = set()
     inside = [program.computations[name] for i in computation.instructions if (name := i.called("calls"))]
-    for part in (computation, *inside):
-        for instruction in part.instructions:
+    for fused in (None, *inside):
+        for instruction in (fused or computation).instructions:
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
             if channel is None or channel[1] not in seen:
                 seen |= {channel[1]} if channel else set()
-                yield part, instruction
+                yield fused, instruction
 
 
 def _sent(kind: str, instruction: Instruction) -> float:

@@ -333,13 +333,13 @@ def test_tensors_that_the_method_does_not_read_or_cannot_are_refused_by_name(bas
     def put(name, make):
         return lambda tensors: {**tensors, name: make(tensors.get(name))}
 
-    whole = r"query\.lora_B\.weight is int32, expected floats"
+    integers = r"query\.lora_B\.weight is int32, expected floats"
     for fields, tensors, message in (
         ({}, put(magnitude, lambda m: m[:1]), r"query/kernel: lora_magnitude_vector has 1 magnitudes .*\(16, 16\)"),
         ({"use_dora": False}, None, "a LORA adapter without use_dora does not read lora_magnitude_vector"),
         ({}, put(f"{stem}ia3_l", lambda _: np.ones((16, 1), np.float32)), "a LORA adapter does not read ia3_l"),
         ({}, put(f"{stem}lora_B.weight", lambda b: b * np.nan), r"query\.lora_B\.weight holds numbers that are not"),
-        ({}, put(f"{stem}lora_B.weight", lambda b: b.astype(np.int32)), whole),
+        ({}, put(f"{stem}lora_B.weight", lambda b: b.astype(np.int32)), integers),
         ({"alpha_pattern": {"query": INFINITE}}, None, "rank_pattern or alpha_pattern says inf: expected a finite"),
     ):
         with pytest.raises(PeftError, match=message):
