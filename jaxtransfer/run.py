@@ -306,10 +306,10 @@ class _Loop:
                 )
         if now.window and (now.batch % self.log_every == 0 or now.batch == self.steps):
             count, seconds = now.window.pop("steps"), now.window.pop("seconds")
-            rate = now.window.pop("weight", 0.0) / seconds if seconds > 0 else 0.0
+            per_second = now.window.pop("weight", 0.0) / seconds if seconds > 0 else 0.0
             means = {name: total / count for name, total in now.window.items()}
             now.window = {}
-            self._emit("train", **means, rate=rate)
+            self._emit("train", **means, per_second=per_second)
 
     def _diagnosis(self, state: State, batch: Mapping[str, Any]) -> str:
         if self.diagnose is None:

@@ -72,7 +72,7 @@ def tensorboard(folder: Path, *, after: int) -> Iterator[Callback]:
 
 
 class Screen:
-    """Progress on a console: a bar with rate and remaining time at a terminal, a line an event elsewhere.
+    """Progress on a console: a bar with speed and remaining time at a terminal, a line an event elsewhere.
 
     Use as a context manager; call :meth:`titled` for the callback of one run.
     """
@@ -111,7 +111,7 @@ class Screen:
     def _update(self, task: int, title: str, event: Event) -> None:
         kind = event["kind"]
         if kind == "train":
-            note = f"loss {event['loss']:.3f}  {event['rate']:.0f}/s"
+            note = f"loss {event['loss']:.3f}  {event['per_second']:.0f}/s"
             self._bar.update(task, completed=event["step"], note=note)
         elif kind == "end":
             self._bar.update(task, completed=event["step"])

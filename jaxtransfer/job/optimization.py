@@ -71,6 +71,17 @@ def thawed(rules: Rules) -> Rules:
     ]
 
 
+def unread_rate(config: Config, labels: Any, steps: int) -> str | None:
+    """Whose rates of their own leave ``optimizer.lr`` without a reader; None where something reads it."""
+    if config.study is not None or config.pretrain is not None or config.phases:  # where more may train than here
+        return None
+    other = dataclasses.replace(config.optimizer, lr=2 * config.optimizer.lr)
+    found = optimizer_groups(config, labels, steps)
+    if found != optimizer_groups(dataclasses.replace(config, optimizer=other), labels, steps):
+        return None
+    return ", ".join(f"optimizer.groups.{name}.lr is {group.lr:g}" for name, group in found.items())
+
+
 def optimizer_groups(config: Config, labels: Any, steps: int, *, control: bool = False) -> dict[str, Group]:
     """Label -> `Group`: the settings of all, and what a group has of its own.
 

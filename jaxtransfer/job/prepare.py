@@ -19,7 +19,7 @@ from jaxtransfer.data.pairing import Paired
 from jaxtransfer.data.sources import DataSpec, read
 from jaxtransfer.job import adapting, auto_mesh, checks
 from jaxtransfer.job.meshes import mesh_of
-from jaxtransfer.job.optimization import by_age, labels_of, mastered, optimizer_groups
+from jaxtransfer.job.optimization import by_age, labels_of, mastered, optimizer_groups, unread_rate
 from jaxtransfer.job.sources import load_source, sharding_rules
 from jaxtransfer.job.tasks import columns_of, make_task
 from jaxtransfer.job.terms import DOMAINS, Terms, terms_of
@@ -230,6 +230,8 @@ def prepare(config: Config, say: Say) -> Job:
     sharding = () if mesh is None else sharding_rules(mesh, source.model, params)
     how = trained(config, task, source.model, params, steps, mesh, sharding, terms=terms)
     adapting.check_labels(config, source, adapting.puts(config, trunk, task, config.run.seed), how["labels"])
+    if own := unread_rate(config, how["labels"], steps):
+        say(f"nothing that trains reads optimizer.lr: {own}")
     part = config.pretraining()
     job = Job(
         config=config, trunk=trunk, task=task, processor=processor, data=data, training=training, examples=examples,

@@ -16,6 +16,7 @@ from jaxtransfer.adapt.groups import FROZEN
 from jaxtransfer.config import Config, ConfigError
 from jaxtransfer.job import caching, commands, events, record
 from jaxtransfer.job.models import page_of
+from jaxtransfer.job.optimization import optimizer_groups
 from jaxtransfer.job.prepare import Job, prepare, trained
 from jaxtransfer.job.together import train_together
 from jaxtransfer.job.train import final_split
@@ -84,6 +85,8 @@ def sweep(path: Path, overrides: Sequence[tuple[str, str]], axes: Axes, *, conso
     with Stop() as stop, events.Screen(console) as screen, checkpoint.RunLock(out):
         reason = _differ(loaded[0], axes)
         job = prepare(loaded[0], screen.say if reason is None else lambda text: None)
+        if reason is None:
+            _check_read(job, points, loaded)
         checkpoint.claim(out, {**job.identity(), **{f"sweep {key}": list(values) for key, values in axes.items()}})
         if (out / SWEEP).exists():
             screen.say(f"{out} holds this sweep, finished; remove the folder to run it again")
@@ -109,10 +112,24 @@ def _differ(config: Config, axes: Axes) -> str | None:
         return f"{other[0]} is part of the program"
     beside = {"study": config.study, "pretrain": config.pretrain, "phases": config.phases or None}
     if given := [name for name, value in beside.items() if value is not None]:
-        return f"{given[0]} takes runs of its own"
+        return f"{given[0]} takes runs of its own" + ("; --study null leaves it out" if given[0] == "study" else "")
     if not config.objective.plain:
         return "the objective has terms, which hold to what each began from"
     return "source.init: scratch draws another model by seed" if config.source.init == "scratch" else None
+
+
+def _check_read(job: Job, points: Sequence[Mapping[str, str]], loaded: Sequence[Config]) -> None:
+    """Raises ConfigError where two values of a key make the same run: nothing that trains reads it."""
+    made = [(optimizer_groups(config, job.labels, job.steps), config.run.seed) for config in loaded]
+    for index, one in enumerate(made):
+        if (first := made.index(one)) < index:
+            key = next(key for key, value in points[index].items() if points[first][key] != value)
+            rates = ", ".join(f"{name} at {group.lr:g}, decay {group.weight_decay:g}" for name, group in one[0].items())
+            raise ConfigError(
+                f"--sweep {key}: {points[first][key]} and {points[index][key]} make the same run, which trains {rates}; "
+                "a group's own rate is optimizer.groups.GROUP.lr",
+                key,
+            )
 
 
 def _unfit(job: Job, count: int, seeds: bool) -> str | None:

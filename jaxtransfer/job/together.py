@@ -51,8 +51,8 @@ def train_together(jobs: Sequence[Job], stop: Stop, screen: events.Screen) -> li
         stop.check()
         if at % run.log_every == 0 or at == first.steps:
             losses = np.concatenate([np.ravel(jax.device_get(bundle.metrics["loss"])) for bundle in bundles])
-            rate = at * len(jobs) * first.config.data.batch / (time.perf_counter() - began)
-            tell({"kind": "train", "step": at, "steps": first.steps, "loss": float(losses.mean()), "rate": rate})
+            speed = {"per_second": at * len(jobs) * first.config.data.batch / (time.perf_counter() - began)}
+            tell({"kind": "train", "step": at, "steps": first.steps, "loss": float(losses.mean()), **speed})
         if "validation" in first.examples and (at == first.steps or at % (run.evaluate_every or first.epoch) == 0):
             for bundle, track in zip(bundles, tracks, strict=True):
                 track.evaluated(at, bundle, stop)

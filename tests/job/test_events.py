@@ -55,14 +55,14 @@ def test_lines_on_a_plain_console_with_the_time_that_is_left(monkeypatch):
     screen = console()
     with events.Screen(screen) as shown:
         tell = shown.titled("transfer, seed 0", 8, done=2)
-        tell(event("train", 4, loss=0.5, rate=20.0))
+        tell(event("train", 4, loss=0.5, per_second=20.0))
         tell(event("eval", 4, accuracy=0.5, improved=True))
-        tell(event("train", 6, loss=0.25, rate=20.0))
+        tell(event("train", 6, loss=0.25, per_second=20.0))
         tell(event("end", 8, rejected=0))
     assert screen.file.getvalue().splitlines() == [
-        "transfer, seed 0  step 4/8  train  loss 0.5  rate 20  8 s left",
+        "transfer, seed 0  step 4/8  train  loss 0.5  per_second 20  8 s left",
         "transfer, seed 0  step 4/8  eval  accuracy 0.5  best so far",
-        "transfer, seed 0  step 6/8  train  loss 0.25  rate 20  6 s left",
+        "transfer, seed 0  step 6/8  train  loss 0.25  per_second 20  6 s left",
     ]
 
 
@@ -71,7 +71,7 @@ def test_a_bar_at_a_terminal():
     with events.Screen(screen) as shown:
         for seed in range(2):
             tell = shown.titled(f"transfer, seed {seed}", 8, done=seed)
-            tell(event("train", 4, loss=0.5, rate=20.0))
+            tell(event("train", 4, loss=0.5, per_second=20.0))
             tell(event("eval", 4, accuracy=0.5, improved=False))
             tell(event("rejected", 5, loss=math.nan, grad_norm=math.inf, in_a_row=1))
             tell(event("stopped_early", 6, stale=2))

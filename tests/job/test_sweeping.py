@@ -98,6 +98,26 @@ def test_why_one_program_is_not_used(world, monkeypatch):
     assert "their states would take" in sweeping._unfit(head, 4, True)
 
 
+def test_values_that_nothing_reads_are_refused(world):
+    changes = {"adapt": HEAD, "optimizer__groups": {"head": {"lr": 1e-2}}}
+    path = written(world, "unread", **changes)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 3e-3 and 3e-2 make the same run, which trains head at 0\.01"):
+        job.sweep(path, [], AXES, console=console())
+    with pytest.raises(ConfigError, match=r"optimizer\.groups\.head\.lr: 1e-2 and 0\.01 make the same run"):
+        job.sweep(path, [], {"optimizer.groups.head.lr": ["1e-2", "0.01"]}, console=console())
+
+
+def test_a_rate_that_nothing_reads_is_told(world):
+    told = []
+    changes = {"optimizer__groups": {"head": {"lr": 1e-2}}}
+    job.commands.prepare(world.config(world.root / "x", adapt=HEAD, **changes), told.append)
+    assert "nothing that trains reads optimizer.lr: optimizer.groups.head.lr is 0.01" in told
+    for adapt, more in [({"train": "full"}, changes), (HEAD, {}), (HEAD, {**changes, "study": {"seeds": [0]}})]:
+        told.clear()
+        job.commands.prepare(world.config(world.root / "x", adapt=adapt, **more), told.append)
+        assert not [line for line in told if "optimizer.lr" in line], (adapt, more)
+
+
 @pytest.mark.parametrize("text", ["lr", "lr=", "lr=1e-3", "lr=1e-3,1e-3", "=1,2", "seed=4..3", "lr=1,,2"])
 def test_axes_that_are_none_are_refused(text):
     with pytest.raises(ConfigError, match="--sweep"):

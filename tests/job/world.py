@@ -203,4 +203,4 @@ def console(*, terminal: bool = False):
 def lines(folder: Path) -> list[dict]:
     """The events of a run without what differs between two runs of the same: times and rates."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("time", "rate")} for line in found]
+    return [{key: value for key, value in line.items() if key not in ("time", "per_second")} for line in found]
