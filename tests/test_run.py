@@ -131,7 +131,8 @@ def test_the_order_of_events():
     assert world.log == [("save", 4), ("protect", 4), ("save", 8), ("protect", 8), ("wait",)]
     assert world.state == [1, 2, 3, 4, 5, 6, 7, 8]
     assert world.events[0] == {
-        "kind": "train", "step": 2, "steps": 8, "loss": 0.75, "grad_norm": 1.5, "per_second": world.events[0]["per_second"],
+        "kind": "train", "step": 2, "steps": 8, "loss": 0.75, "grad_norm": 1.5,
+        "per_second": world.events[0]["per_second"],
     }  # fmt: skip
     assert world.events[0]["per_second"] > 0
     assert world.events[-1] == {"kind": "end", "step": 8, "steps": 8, "rejected": 0, "best": 0.6, "best_step": 8}

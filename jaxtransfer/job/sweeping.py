@@ -126,8 +126,8 @@ def _check_read(job: Job, points: Sequence[Mapping[str, str]], loaded: Sequence[
             key = next(key for key, value in points[index].items() if points[first][key] != value)
             rates = ", ".join(f"{name} at {group.lr:g}, decay {group.weight_decay:g}" for name, group in one[0].items())
             raise ConfigError(
-                f"--sweep {key}: {points[first][key]} and {points[index][key]} make the same run, which trains {rates}; "
-                "a group's own rate is optimizer.groups.GROUP.lr",
+                f"--sweep {key}: {points[first][key]} and {points[index][key]} make the same run: it trains {rates}; a "
+                "group's own rate is optimizer.groups.GROUP.lr",
                 key,
             )
 

@@ -101,7 +101,7 @@ def test_why_one_program_is_not_used(world, monkeypatch):
 def test_values_that_nothing_reads_are_refused(world):
     changes = {"adapt": HEAD, "optimizer__groups": {"head": {"lr": 1e-2}}}
     path = written(world, "unread", **changes)
-    with pytest.raises(ConfigError, match=r"optimizer\.lr: 3e-3 and 3e-2 make the same run, which trains head at 0\.01"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 3e-3 and 3e-2 make the same run: it trains head at 0\.01"):
         job.sweep(path, [], AXES, console=console())
     with pytest.raises(ConfigError, match=r"optimizer\.groups\.head\.lr: 1e-2 and 0\.01 make the same run"):
         job.sweep(path, [], {"optimizer.groups.head.lr": ["1e-2", "0.01"]}, console=console())
