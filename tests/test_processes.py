@@ -236,7 +236,7 @@ def copied(killed, to: Path) -> Path:
 def test_two_processes_go_on_and_finish_as_one_would_have(killed, undisturbed, recipe, tmp_path):
     out = copied(killed, tmp_path / "two")
     parent = launched(recipe, "--out", out)
-    said, errors = parent.communicate(timeout=200)
+    said, errors = parent.communicate(timeout=400)
     assert parent.returncode == 0, errors[-3000:]
     assert "[0] resumed at step" in said and "[1]" not in said
     assert_same_run(out, undisturbed)
@@ -259,7 +259,7 @@ def test_a_signal_to_the_launcher_saves_at_one_step(recipe, undisturbed, tmp_pat
     assert parent.returncode == 130, errors[-3000:]
     assert "the state is saved" in errors.splitlines()[-1]
     parent = launched(recipe, "--out", out)
-    _, errors = parent.communicate(timeout=200)
+    _, errors = parent.communicate(timeout=400)
     assert parent.returncode == 0, errors[-3000:]
     assert_same_run(out, undisturbed)
 

@@ -54,7 +54,7 @@ def attach(source: Source, rules: Rules, key: jax.Array, *, name: str = NAME) ->
     chosen = {path: make for path, make in makes.items() if make is not None}
     if not chosen:
         raise AdapterError("attach: the rules choose no leaf; give one a maker, such as ('.*/query/kernel', lora(8))")
-    flat |= _made(flat, rules, chosen, key, name)
+    flat |= _made(flat, source.params.get(SHARED, {}), rules, chosen, key, name)
     note = f"attach({name!r}: {len(chosen)} leaves, {', '.join(sorted({type(flat[p]).__name__ for p in chosen}))})"
     drawn = _drawn(flat, [node for path in chosen if isinstance(node := flat[path], VeRA)], key)
     note += f", key {jax.random.key_data(key).tolist()}" if drawn else ""
@@ -66,7 +66,7 @@ def attach(source: Source, rules: Rules, key: jax.Array, *, name: str = NAME) ->
 
 
 def _made(
-    flat: Mapping[str, Any], rules: Rules, chosen: Mapping[str, Make], key: jax.Array, name: str
+    flat: Mapping[str, Any], shared: Params, rules: Rules, chosen: Mapping[str, Make], key: jax.Array, name: str
 ) -> dict[str, Adapter]:
     """An adapter around each chosen weight.
 
@@ -81,7 +81,8 @@ def _made(
                 raise AdapterError(
                     f"{path}: has an adapter called {name!r} already; merge it, or attach under another name"
                 )
-            made[path] = make(path, flat[path], own, name)
+            whole = weights.with_shared(flat[path], shared)  # DoRA measures what it lies on
+            made[path] = dataclasses.replace(make(path, whole, own, name), base=flat[path])
         except AdapterError as error:
             failed[path] = error
     if failed:

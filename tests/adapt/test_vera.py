@@ -104,6 +104,10 @@ def test_it_stacks_on_other_adapters_and_on_itself_by_name():
     assert {"default", "second"} == set(source.params["shared"]["vera"])
     zoo.assert_close(logits(at.merge(source)), logits(source))
     assert "shared" in swap_head(source, heads.classifier(2), KEY).params
+    last = at.attach(source, [(KERNELS, at.dora(2))], KEY, name="last")
+    assert shares(last.params["blocks"]["0"]["mlp"]["up"]["kernel"].base)
+    assert not last.params["blocks"]["0"]["mlp"]["up"]["kernel"].base.shared, "the matrices are in the tree once"
+    zoo.assert_close(logits(last), logits(source))
 
 
 def test_training_moves_the_gains_alone_and_a_checkpoint_leaves_the_matrices_to_the_key(tmp_path):
