@@ -100,9 +100,8 @@ def test_what_does_not_stop_is_killed(children, monkeypatch):
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_all_after_they_have_saved(signum, children, capfd):
-    children(LISTENING + "print('ready', flush=True)\ntime.sleep(600)\n")
+def asking(signum, capfd):
+    """Sends this process a signal, as soon as both of two processes are ready."""
 
     def ask() -> None:
         said, began = "", time.monotonic()
@@ -113,6 +112,23 @@ def test_a_signal_stops_all_after_they_have_saved(signum, children, capfd):
 
     thread = threading.Thread(target=ask)
     thread.start()
+    return thread
+
+
+def test_one_that_ignores_a_signal_is_named(children, monkeypatch, capfd):
+    monkeypatch.setattr(module, "STOP", 0.5)
+    deaf = "if index:\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    children(LISTENING + deaf + "print('ready', flush=True)\ntime.sleep(600)\n")
+    thread = asking(signal.SIGTERM, capfd)
+    with pytest.raises(ProcessError, match="process 1 of 2 was asked to stop, did not, and was killed"):
+        launch([], processes=2)
+    thread.join()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_after_they_have_saved(signum, children, capfd):
+    children(LISTENING + "print('ready', flush=True)\ntime.sleep(600)\n")
+    thread = asking(signum, capfd)
     with pytest.raises(Interrupted) as caught:
         launch([], processes=2)
     thread.join()

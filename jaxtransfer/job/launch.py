@@ -100,7 +100,8 @@ class _Child:
     """A process, its output passed on line by line, and what it said last on stderr."""
 
     def __init__(self, index: int, command: Sequence[str], environment: dict[str, str], ended: queue.Queue["_Child"]):
-        self.index, self.when, self.asked = index, 0.0, False
+        self.index, self.when = index, 0.0
+        self.asked = self.forced = False  # by us: to stop, and killed because it did not
         self.tail: collections.deque[str] = collections.deque(maxlen=_TAIL)
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -161,6 +162,7 @@ class _Watch:
         """Kills what still runs."""
         for child in self.children:
             if child.process.poll() is None:
+                child.forced = True
                 child.process.kill()
 
     def _stop_within(self, seconds: float) -> None:
@@ -192,8 +194,11 @@ class _Watch:
 
     def _obituary(self, failed: Sequence[_Child]) -> str:
         """Names the one that died first; of those that died with it, not one that jax ended for another's sake."""
-        first = [child for child in failed if not child.asked] or failed
+        own = [child for child in failed if not child.asked]
+        first = own or [child for child in failed if child.forced] or failed
         child = next((child for child in first if child.code != -signal.SIGABRT), first[0])
         how = f"was killed by {signal.Signals(-child.code).name}" if child.code < 0 else f"ended with {child.code}"
+        if child.forced:
+            how = "was asked to stop, did not, and was killed"
         said = f"; it said last: {' | '.join(child.tail)[-800:]}" if child.tail else ""
         return f"process {child.index} of {len(self.children)} {how}, and the others were stopped{said}"
