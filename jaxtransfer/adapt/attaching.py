@@ -81,8 +81,8 @@ def _made(
                 raise AdapterError(
                     f"{path}: has an adapter called {name!r} already; merge it, or attach under another name"
                 )
-            whole = weights.with_shared(flat[path], shared)  # DoRA measures what it lies on
-            made[path] = dataclasses.replace(make(path, whole, own, name), base=flat[path])
+            adapter: Any = make(path, weights.with_shared(flat[path], shared), own, name)  # DoRA measures its base
+            made[path] = dataclasses.replace(adapter, base=flat[path])
         except AdapterError as error:
             failed[path] = error
     if failed:
