@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtransfer.adapt.groups import FROZEN, STATS
 from jaxtransfer.adapt.heads import check_tied
 from jaxtransfer.models.api import apply, layout_of
+from jaxtransfer.models.layers import Attend
 from jaxtransfer.models.projection import PROJECTION
 from jaxtransfer.optim import master
 from jaxtransfer.parallel import (
@@ -142,6 +143,7 @@ def make_step(
     sharding: Rules = (),
     precision: Any = jnp.float32,
     remat: str | None = None,
+    attend: Attend | None = None,
     accumulate: int = 1,
     donate: bool = True,
     augment: Callable[[Mapping[str, Any], jax.Array], Mapping[str, Any]] | None = None,
@@ -164,6 +166,7 @@ def make_step(
       mesh, sharding: as given to `init_state`; gradients and new states are sharded as the parameters are.
       precision: dtype of activations (``jnp.bfloat16`` for mixed precision; masters stay float32).
       remat: None, ``"full"`` or ``"dots"``.
+      attend: what attention is left to, `parallel.splash` of the same mesh; None is XLA.
       accumulate: number of microbatches that the batch is cut into; the batch must divide by it.
       donate: whether ``state`` is donated (its buffers are reused).
       augment: ``augment(batch, key) -> batch``, on the device and from the step's key: mixup.
@@ -193,7 +196,8 @@ def make_step(
             params = combine(combine(trained, stats), frozen)
             outputs = apply(
                 model, held(_gathered(model, bare(params), mesh, sharding), frozen), batch, train=training, key=key,
-                capture=capture, remat=remat, dtype=precision, constrain=_constraint(mesh), also=(PROJECTION,),
+                capture=capture, remat=remat, dtype=precision, constrain=_constraint(mesh), attend=attend,
+                also=(PROJECTION,),
             )  # fmt: skip
             seen = View(params, outputs, batch, key, step, trained, {}, constants, terms, model, precision)
             return seen, _merge(stats, outputs.get("stats", {}))
@@ -381,6 +385,7 @@ def make_eval(
     mesh: Mesh | None = None,
     sharding: Rules = (),
     precision: Any = jnp.float32,
+    attend: Attend | None = None,
 ) -> Callable[[State, Params, Mapping[str, Any]], dict[str, jax.Array]]:
     """A jitted evaluation: ``evaluate(state, frozen, batch)`` gives what is asked for, in evaluation mode.
 
@@ -389,12 +394,13 @@ def make_eval(
       outputs: names of outputs of `apply`, or a function ``(outputs, batch) -> {name: (B, ...)}`` of them.
       mesh, sharding: as given to `init_state`; the outputs are then replicated.
       precision: dtype of activations.
+      attend: as given to `make_step`.
     """
 
     def evaluate(state: State, frozen: Params, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         params = _gathered(model, bare(whole(state, frozen)), mesh, sharding)
         also = (PROJECTION,) if callable(outputs) else ()
-        found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh), also=also)
+        found = apply(model, params, batch, dtype=precision, constrain=_constraint(mesh), attend=attend, also=also)
         picked = dict(outputs(found, batch)) if callable(outputs) else _picked(found, outputs)
         return picked if mesh is None else jax.lax.with_sharding_constraint(picked, NamedSharding(mesh, P()))
 

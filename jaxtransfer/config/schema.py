@@ -113,6 +113,7 @@ class RunConfig:
       epochs, steps: exactly one of them.
       accumulate: microbatches of one update.
       precision: of the computation; trained parameters stay float32.
+      attention: ``xla`` of any device, or ``splash``, a kernel of TPUs that holds no scores.
       remat: what the backward pass recomputes: None nothing, ``"dots"`` all but products, ``"full"`` everything.
       evaluate_every, checkpoint_every: in steps; None is at the end of every epoch.
       keep: checkpoints kept.
@@ -129,6 +130,7 @@ class RunConfig:
     seed: int = 0
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["xla", "splash"] = "xla"
     remat: Literal["full", "dots"] | None = None
     evaluate_every: int | None = None
     checkpoint_every: int | None = None

@@ -18,6 +18,7 @@ from jaxtransfer.adapt.groups import FROZEN
 from jaxtransfer.data.examples import Examples, collate
 from jaxtransfer.features.extract import FeatureError
 from jaxtransfer.models.api import STATS, apply, run_span
+from jaxtransfer.models.layers import Attend
 from jaxtransfer.tree.paths import Params, flatten, weight_path
 from jaxtransfer.tree.weights import SHARED
 from jaxtransfer.types import Carry, Model
@@ -132,6 +133,7 @@ def frozen_prefix(
     *,
     length: int = 0,
     precision: Any = jnp.float32,
+    attend: Attend | None = None,
 ) -> Prefix:
     """The stages whose output can be computed once, for examples that are the same in every epoch.
 
@@ -143,6 +145,7 @@ def frozen_prefix(
       uses: what training and evaluation read.
       length: the longest that a batch of texts can be; 0 where there are none.
       precision: dtype of activations.
+      attend: what attention behind the prefix is left to, of no mesh.
 
     Raises:
       FeatureError: there is no such prefix, or its output cannot be kept; the message says why.
@@ -168,7 +171,12 @@ def frozen_prefix(
     written = [name for name in at_stop if name not in batch and name not in (STATS, "captured")]
     costly = _depends(lambda args: {name: before(*args)[name] for name in written}, (params, batch), lazy)
     behind = dataclasses.replace(model, start=(stop, lambda params, carry: dict(carry)))
-    read = _read(lambda carry: uses(params, apply(behind, params, carry, dtype=precision), carry), at_stop)
+
+    def after(carry: Carry, how: Attend | None) -> Any:
+        return uses(params, apply(behind, params, carry, dtype=precision, attend=how), carry)
+
+    # The masks, from which attention starts whatever it is left to, and what a kernel reads instead of them.
+    read = _read(lambda carry: [after(carry, how) for how in {None, attend}], at_stop)
     if made := sorted(read & lazy.keys()):
         raise FeatureError(f"{made[0]} is read behind {stop}, so it has to be made in every epoch all the same")
     kept = [name for name in written if name in costly & read]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxtransfer.data.loader import Examples
 from jaxtransfer.features import FeatureError, Pass, Prefix, forward, frozen_prefix, frozen_stages, kept
+from jaxtransfer.job.meshes import attention_of
 from jaxtransfer.job.prepare import Job, Say, trained
 from jaxtransfer.parallel.agreement import is_first
 from jaxtransfer.tree.paths import flatten
@@ -35,8 +36,6 @@ def frozen(job: Job) -> Prefix:
         raise FeatureError("every example is seen once at the most")
     if job.task.augment is not None:
         raise FeatureError("inputs are mixed with one another, anew in every step")
-    if not job.config.objective.plain:
-        raise FeatureError("terms of the objective read the model from its inputs")
     source = job.adapted(job.config.run.seed)
     count, _ = frozen_stages(job.model, job.labels)
     names = tuple(f"{stage.name}/" for stage in job.model.stages[:count])
@@ -51,7 +50,7 @@ def frozen(job: Job) -> Prefix:
 
     return frozen_prefix(
         job.model, source.params, job.labels, job.training, uses, length=max(job.config.buckets, default=0),
-        precision=jnp.dtype(job.config.run.precision),
+        precision=jnp.dtype(job.config.run.precision), attend=attention_of(job.config, job.model, source.params, None),
     )  # fmt: skip
 
 

@@ -9,9 +9,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxtransfer.config import Config, ConfigError, MeshConfig
-from jaxtransfer.parallel import make_mesh, spelled
+from jaxtransfer.models.layers import Attend
+from jaxtransfer.parallel import make_mesh, spelled, splash
 from jaxtransfer.parallel.mesh import AXES
 from jaxtransfer.plan import Topology
+from jaxtransfer.tree.paths import Params, flatten
+from jaxtransfer.types import Model
 
 
 def mesh_of(shape: MeshConfig) -> Mesh | None:
@@ -112,3 +115,25 @@ def lies(shape: Mapping[str, int], devices: Any) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def attention_of(config: Config, model: Model, params: Params, mesh: Mesh | None) -> Attend | None:
+    """What attention is left to.
+
+    Raises:
+      ConfigError: a kernel that the devices have not, or a model without attention of ours.
+    """
+    if config.run.attention == "xla":
+        return None
+    kind = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform
+    if kind != "tpu":
+        raise ConfigError(
+            f"run.attention: splash is a kernel of TPUs, and these devices are {kind}s; take xla", "run.attention"
+        )
+    if model.family == "foreign" or not any("/attention/" in path for path in flatten(params)):
+        raise ConfigError(
+            f"run.attention: splash has nothing to do for a {model.family} model, which has no attention of this "
+            "library; take xla",
+            "run.attention",
+        )
+    return splash(mesh)

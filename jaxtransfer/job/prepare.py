@@ -18,7 +18,7 @@ from jaxtransfer.data.loader import Examples, Loader, batches
 from jaxtransfer.data.pairing import Paired
 from jaxtransfer.data.sources import DataSpec, read
 from jaxtransfer.job import adapting, auto_mesh, checks
-from jaxtransfer.job.meshes import mesh_of
+from jaxtransfer.job.meshes import attention_of, mesh_of
 from jaxtransfer.job.optimization import by_age, labels_of, mastered, optimizer_groups, unread_rate
 from jaxtransfer.job.sources import load_source, sharding_rules
 from jaxtransfer.job.tasks import columns_of, make_task
@@ -280,7 +280,10 @@ def trained(
     decay = config.optimizer.layer_decay
     scales = None if decay is None else groups.layerwise_decay(model, params, decay)
     tx = optimizer(labels, how, clip=config.optimizer.clip, scales=scales, traced=traced)
-    where = {"mesh": mesh, "sharding": sharding, "precision": jnp.dtype(config.run.precision)}
+    where = {
+        "mesh": mesh, "sharding": sharding, "precision": jnp.dtype(config.run.precision),
+        "attend": attention_of(config, model, params, mesh),
+    }  # fmt: skip
     if config.objective.memory:
         tx = a_gem(tx)
     step = make_step(

@@ -22,6 +22,7 @@ COMPILED, SHOWN = 3, 8
 _REMAT: tuple[Any, ...] = (None, "dots", "full")
 _ACCUMULATE = (1, 2, 4, 8, 16)
 _ROOM = 0.9  # of HBM, for an estimate to be worth a try
+_COUNTED = {"attention": "xla"}  # nothing can be counted of a kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ def given(config: Config, mesh: MeshConfig) -> Trial:
 def drawn(draft: Draft, trial: Trial, where: Topology) -> tuple[Blueprint, float, float]:
     """A step on a mesh of no devices; operations that the model needs of each, and that are done with remat."""
     mesh = abstract_mesh(trial.mesh)
-    made = draft.on(mesh, **trial.run)
+    made = draft.on(mesh, **trial.run, **_COUNTED)
     done = planning.count(planning.trace(made)) / where.count
-    plain = draft.on(mesh, remat=None, accumulate=1)
+    plain = draft.on(mesh, remat=None, accumulate=1, **_COUNTED)
     with at_once():
         needed = planning.count(planning.trace(plain))
     return made, needed / where.count, done
@@ -89,7 +90,7 @@ def ranked(draft: Draft, where: Topology, devices: Any = None) -> list[Ranked]:
     traces: dict[Any, Any] = {}  # the same program on every mesh
     for mesh in (mesh for mesh in meshes(draft, where) if devices is None or lies(mesh, devices)):
         try:
-            made = draft.on(abstract := abstract_mesh(mesh))
+            made = draft.on(abstract := abstract_mesh(mesh), **_COUNTED)
         except ShardingError:  # of a leaf that does not divide: another mesh is as good
             continue
         for how in itertools.product(_REMAT, _ACCUMULATE):
@@ -97,7 +98,7 @@ def ranked(draft: Draft, where: Topology, devices: Any = None) -> list[Ranked]:
             if draft.config.data.batch % (mesh["data"] * mesh["fsdp"] * trial.accumulate):
                 continue
             if how not in traces:
-                traces[how] = planning.trace(draft.on(abstract, **trial.run))
+                traces[how] = planning.trace(draft.on(abstract, **trial.run, **_COUNTED))
             found.append(_rank(draft, trial, made, traces[how], where))
     if not found:
         raise ConfigError(

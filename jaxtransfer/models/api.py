@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtransfer.models import slots as slot
+from jaxtransfer.models.layers import Attend, attending
 from jaxtransfer.models.projection import PROJECTION
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.diff import TreeError
@@ -135,6 +136,7 @@ def apply(
     remat: str | None = None,
     dtype: Any = jnp.float32,
     constrain: Callable[[jax.Array], jax.Array] | None = None,
+    attend: Attend | None = None,
     also: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs the whole model, or what follows ``model.start`` of it.
@@ -149,6 +151,7 @@ def apply(
       remat: None, ``"full"`` or ``"dots"``: what the backward pass recomputes.
       dtype: of activations; weights are cast where they are used.
       constrain: applied to activations between stages (a sharding constraint).
+      attend: what attention is left to: `parallel.splash`; None is XLA.
       also: entries of the carry that are returned as well where there are any: `PROJECTION`.
 
     Returns:
@@ -168,7 +171,7 @@ def apply(
         start, given = model.start[0], model.start[1](params, given)
     carry = run_span(
         model, params, given, start, None, train=train, key=key, capture=capture, remat=remat, dtype=dtype,
-        constrain=constrain,
+        constrain=constrain, attend=attend,
     )  # fmt: skip
     outputs = {name: carry[entry] for entry, name in model.outputs.items() if entry in carry}
     for name in ("captured", STATS, *([] if cache is None else [CACHE]), *also):
@@ -190,6 +193,7 @@ def run_span(
     remat: str | None = None,
     dtype: Any = jnp.float32,
     constrain: Callable[[jax.Array], jax.Array] | None = None,
+    attend: Attend | None = None,
 ) -> Carry:
     """Runs the stages after boundary ``start`` up to and including ``stop``; arguments as in `apply`.
 
@@ -221,7 +225,8 @@ def run_span(
         stage = model.stages[run.low]
         reads = tuple(_get(params, path) for path in stage.reads)
         try:
-            written, stats = how.run(stage, run, out, reads, key if run.low in training else None)
+            with attending(attend):
+                written, stats = how.run(stage, run, out, reads, key if run.low in training else None)
         except TreeError as error:
             raise TreeError(f"{run.path}: {error}") from None
         out.update(written)

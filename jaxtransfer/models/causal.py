@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer.models import slots as slot
+from jaxtransfer.models.layers import Span
 from jaxtransfer.types import Carry
 
 
@@ -35,8 +36,9 @@ def context(carry: Carry, limit: int, *, windows: bool) -> tuple[jax.Array, Carr
 
     Returns:
       Positions (B, T), and entries of the carry: ``mask`` (B, T, S), ``distance`` (T, S) in slots where a layer's
-      attention is limited, ``cache`` where there is one, with the new slots counted and marked. A prompt that stands
-      before the tokens here counts in T; its slots come on top of those the cache was made with.
+      attention is limited, ``cache`` where there is one, with the new slots counted and marked, else ``segments``
+      (B, T), within which the mask is causal. A prompt that stands before the tokens here counts in T; its slots come
+      on top of those the cache was made with.
 
     Raises:
       ValueError: the input is longer than the model or the cache, or its masks do not fit it.
@@ -72,6 +74,8 @@ def context(carry: Carry, limit: int, *, windows: bool) -> tuple[jax.Array, Carr
         if cache is not None or "position_ids" not in carry:
             raise ValueError("segment_ids: packed rows need position_ids, which start anew in each, and no cache")
         mask &= (segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None]
+    if cache is None:
+        entries["segments"] = (valid if segments is None else segments).astype(jnp.int32)
     entries |= {"mask": mask} | ({"distance": distance} if windows else {})
     if "position_ids" not in carry:
         return jnp.broadcast_to(queries[None], (len(ids), count)), entries
@@ -99,6 +103,18 @@ def attended(carry: Carry) -> jax.Array:
     """The mask of one layer, (B, T, S): its own window over the mask of all."""
     mask = carry["mask"]
     return mask & (carry["distance"] < carry["window"])[None] if "window" in carry else mask
+
+
+def span(carry: Carry, near: int | None = None) -> Span | None:
+    """What `attended` says, for a kernel; of a cache nothing.
+
+    Args:
+      carry: of a layer.
+      near: the model's window, where any layer has one.
+    """
+    if "segments" not in carry:
+        return None
+    return Span(carry["segments"], causal=True, window=carry.get("window"), near=near or 0)
 
 
 def remember(carry: Carry, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Carry]:

@@ -213,7 +213,7 @@ def assemble(name: str, c: DecoderConfig, head: Head | None, embed: Build, block
     if len(c.rope) > 1:
         constants["base"] = [(FULL, SLIDING).index(kind) for kind in c.layer_types or ()]
     blocks = [f"blocks/{i}" for i in range(c.num_hidden_layers)]
-    entries = ("hidden", PROMPTED, "mask", "distance", "cos", "sin", "cache")
+    entries = ("hidden", PROMPTED, "mask", "segments", "distance", "cos", "sin", "cache")
     width, inner = c.hidden_size, c.kv_heads * c.width
     slots = {"adapter": {"attention": width, "mlp": width}, "prefix": {"key": inner, "value": inner}}
     stages = [

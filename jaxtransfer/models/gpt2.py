@@ -55,7 +55,9 @@ class Attention(nnx.Module):
         k, v, written = causal.remember(carry, k, v)
         c = self.c
         k, v, mask = slots.prefixed(carry, k, v, carry["mask"])
-        y = attention(q, k, v, mask, heads=c.num_attention_heads, rate=c.attention_dropout, key=ka)
+        y = attention(
+            q, k, v, mask, heads=c.num_attention_heads, rate=c.attention_dropout, key=ka, span=causal.span(carry)
+        )
         y = dropout(self.output(y, ko), c.residual_dropout, kd)
         return {"hidden": carry["hidden"] + slots.adapted(y, carry, "attention"), **written}
 

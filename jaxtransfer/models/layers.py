@@ -1,5 +1,6 @@
 """Layers: small NNX modules, one-to-one with Hugging Face's modules, that touch weights only by the weight protocol."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -136,6 +137,38 @@ ROWS = 256
 _AT_ONCE = ContextVar("at_once", default=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What a mask says, for a kernel that is given no mask: tokens attend those of their own segment.
+
+    Attributes:
+      segments: (B, T) integers.
+      causal: whether only those at or before their own place.
+      window: of those only so many, a scalar that may be traced: ``near``, or more, which is all.
+      near: the only limit there is.
+    """
+
+    segments: jax.Array
+    causal: bool = False
+    window: jax.Array | None = None
+    near: int = 0
+
+
+Attend = Callable[..., jax.Array]
+"""``attend(q, k, v, span, *, heads, kv_heads, scale, softcap, rate)``: what may stand in for `attention`'s own."""
+_ATTEND: ContextVar[Attend | None] = ContextVar("attend", default=None)
+
+
+@contextmanager
+def attending(attend: Attend | None) -> Iterator[None]:
+    """Attention that is traced in here is left to ``attend``, but for that over a cache."""
+    token = _ATTEND.set(attend)
+    try:
+        yield
+    finally:
+        _ATTEND.reset(token)
+
+
 @contextmanager
 def at_once() -> Iterator[None]:
     """Attention that is traced in here scores all queries at once: nothing is computed twice, as a count wants it."""
@@ -158,6 +191,7 @@ def attention(
     kv_heads: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    span: Span | None = None,
 ) -> jax.Array:
     """``softmax(q k^T * scale + mask) v`` over ``heads`` heads, the softmax in at least float32.
 
@@ -173,11 +207,16 @@ def attention(
         arXiv:2305.13245); None is ``heads``.
       scale: None is ``1 / sqrt(d)``.
       softcap: scores become ``c tanh(scores / c)`` (Gemma 2).
+      span: what a mask (B, T, S) says; one of (B, S) says it itself.
     """
-    how = partial(
-        _attention, heads=heads, rate=rate, kv_heads=kv_heads or heads, softcap=softcap,
-        scale=(q.shape[-1] // heads) ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
+    span = Span(mask) if mask.ndim == 2 else span
+    if (attend := _ATTEND.get()) is not None and span is not None:
+        dropped = 0.0 if key is None else rate
+        return attend(
+            q, k, v, span, heads=heads, kv_heads=kv_heads or heads, scale=scale, softcap=softcap, rate=dropped
+        )
+    how = partial(_attention, heads=heads, rate=rate, kv_heads=kv_heads or heads, softcap=softcap, scale=scale)
     count = q.shape[1]
     least = max(1, ROWS * (kv_heads or heads) // heads)
     parts = max(1, min(-(-heads * count * k.shape[1] // SCORES), count // least))

@@ -88,6 +88,7 @@ class Attention(nnx.Module):
             q, k, v, mask, heads=c.num_attention_heads, kv_heads=c.kv_heads,
             scale=None if c.query_pre_attn_scalar is None else c.query_pre_attn_scalar**-0.5,
             softcap=c.attn_logit_softcapping, rate=c.attention_dropout, key=ka,
+            span=causal.span(carry, c.sliding_window),
         )  # fmt: skip
         y = self.output(y, ko)
         y = y if self.post_norm is None else self.post_norm(y)

@@ -16,3 +16,4 @@ from jaxtransfer.parallel.specs import gather as gather
 from jaxtransfer.parallel.specs import place as place
 from jaxtransfer.parallel.specs import shardings as shardings
 from jaxtransfer.parallel.specs import state_shardings as state_shardings
+from jaxtransfer.parallel.splash import splash as splash

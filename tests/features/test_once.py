@@ -16,7 +16,7 @@ from jaxtransfer.models.registry import family
 from jaxtransfer.objectives import cross_entropy, language_model
 from jaxtransfer.objectives.losses import IGNORE
 from jaxtransfer.optim import Group
-from jaxtransfer.parallel import make_mesh
+from jaxtransfer.parallel import make_mesh, splash
 from jaxtransfer.step import init_state, make_step, shard_batch
 from jaxtransfer.types import Lineage, Source, View
 from tests import language, tiny
@@ -50,19 +50,21 @@ def prefix(source, rules, examples, objective=None, **options):
     return frozen_prefix(source.model, source.params, labels, examples, uses(objective or cross_entropy()), **how)
 
 
-def trained(source, rules, examples, objective, *, buckets=BUCKETS[1:], folder=None, mesh=None, sharding=()):
+def trained(
+    source, rules, examples, objective, *, buckets=BUCKETS[1:], folder=None, mesh=None, sharding=(), attend=None
+):
     """Parameters and losses of a training with all stages, and of one on what the frozen ones gave."""
     labels = groups.labels_of(source.model, rules, source.params)
     tx = tiny.transform(labels, SGD, clip=1.0)
     where = {"mesh": mesh, "sharding": sharding}
     state, frozen = init_state(source.model, source.params, labels, tx, jax.random.key(3), **where)
-    found = prefix(source, rules, examples, objective)
+    found = prefix(source, rules, examples, objective, attend=attend)
     once = Pass(found, frozen, BATCH, buckets, mesh, sharding)
     store = once.store(examples, folder)
     once.fill(store, examples)
     out = []
     for model, rows in ((source.model, examples), (found.rest(), kept(examples, store))):
-        step, now = make_step(model, objective, tx, donate=False, **where), state
+        step, now = make_step(model, objective, tx, donate=False, attend=attend, **where), state
         data = batches(rows, batch=BATCH, buckets=buckets, shuffle=True, seed=1)
         seen = []
         for _ in range(6):
@@ -99,6 +101,21 @@ def test_a_decoder_makes_its_masks_and_tables_again():
     rules = groups.last(source.model, 1)
     found, one, other = trained(source, rules, texts(labels="tokens"), language_model())
     assert [*found.entries] == ["hidden"] and {"mask", "cos", "sin"} <= {*found.free}
+    check(one, other)
+
+
+def test_a_kernel_finds_what_it_reads_beside_the_mask():
+    source = untie(language.decoder())
+    how = (source, groups.last(source.model, 1), texts(labels="tokens"), language_model())
+    assert "segments" not in prefix(*how).free
+    assert {"mask", "segments", "cos", "sin"} <= {*prefix(*how, attend=splash()).free}
+
+
+@pytest.mark.slow
+def test_a_kernel_gives_the_same_behind_what_was_computed_once():
+    source = untie(language.decoder())
+    how = (source, groups.last(source.model, 1), texts(labels="tokens"), language_model())
+    _, one, other = trained(*how, attend=splash(interpret=True))
     check(one, other)
 
 
