@@ -505,3 +505,18 @@ def test_a_slice_that_is_too_small_is_an_answer(made):
     page = planning.plan(made(raw=large, mesh={"fsdp": 4}), "v5e:2x2", say=quiet)
     assert page["fits"] == "no"
     assert "GiB over the 15.75 of a device" in page["why"]
+
+
+@pytest.mark.tpu
+def test_splash_attention_is_compiled_for_and_its_scores_are_never_in_memory(made):
+    """One layer that attends all tokens and one with a window, queries split over devices."""
+    window = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}
+    sizes = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    qwen = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **sizes, **window}
+    run = {"steps": 10, "remat": "full", "precision": "bfloat16", "attention": "splash"}
+    mesh = {"fsdp": 2, "sequence": 2}
+    draft = blueprints.draft(made(raw=qwen, task={"kind": "causal-lm", "max_length": 2048}, mesh=mesh, run=run), quiet)
+    on = meshes.device_mesh({"data": 1, "tensor": 1, **mesh}, plan.devices(plan.topology("v5p:2x2x1")))
+    scores = 2 * 8 * 4 * 1024 * 2048 * 4  # layers, rows, heads, queries and keys of a device, float32
+    # XLA writes and reads them forward, once more, and backward.
+    assert plan.compiled(draft.on(on)).traffic < 4 * scores

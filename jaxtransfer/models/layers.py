@@ -209,19 +209,19 @@ def attention(
       softcap: scores become ``c tanh(scores / c)`` (Gemma 2).
       span: what a mask (B, T, S) says; one of (B, S) says it itself.
     """
-    scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
+    how: dict[str, Any] = {
+        "heads": heads, "kv_heads": kv_heads or heads, "softcap": softcap,
+        "scale": (q.shape[-1] // heads) ** -0.5 if scale is None else scale,
+    }  # fmt: skip
     span = Span(mask) if mask.ndim == 2 else span
     if (attend := _ATTEND.get()) is not None and span is not None:
-        dropped = 0.0 if key is None else rate
-        return attend(
-            q, k, v, span, heads=heads, kv_heads=kv_heads or heads, scale=scale, softcap=softcap, rate=dropped
-        )
-    how = partial(_attention, heads=heads, rate=rate, kv_heads=kv_heads or heads, softcap=softcap, scale=scale)
+        return attend(q, k, v, span, rate=0.0 if key is None else rate, **how)
+    own = partial(_attention, rate=rate, **how)
     count = q.shape[1]
     least = max(1, ROWS * (kv_heads or heads) // heads)
     parts = max(1, min(-(-heads * count * k.shape[1] // SCORES), count // least))
     parts = next((n for n in range(parts, 2 * parts) if count % n == 0), parts)
-    return how(q, k, v, mask, key) if parts == 1 or _AT_ONCE.get() else _in_parts(parts, how, q, k, v, mask, key)
+    return own(q, k, v, mask, key) if parts == 1 or _AT_ONCE.get() else _in_parts(parts, own, q, k, v, mask, key)
 
 
 def _in_parts(

@@ -97,7 +97,9 @@ def _kernels(span: Span, count: int, cut: int, heads: int, **how: Any) -> list[A
     else:
         masks = [library.CausalMask(shape), library.LocalMask(shape, (span.near - 1, 0), 0)]
     block = next(n for n in _BLOCKS if count // cut % n == 0)
-    sizes = library.BlockSizes(*[block] * 8)
+    sizes = library.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
     return [
         library.make_splash_mha(
             library.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=shards, **how

@@ -41,7 +41,7 @@ def lines(
         for run in runs:
             place = [(x(step), y(scale * value)) for step, value in run]
             path = " ".join(f"{px},{py}" for px, py in place)
-            drawn.append(tag("polyline", points=path, class_=f"curve {name}"))
+            drawn.append(tag("polyline", points=path, fill="none", class_=f"curve {name}"))
             if dots or len(run) == 1:
                 drawn += [
                     tag(
@@ -178,7 +178,7 @@ def efficiency(
         drawn.append(tag("text", level[2], x=at, y=round(height + side, 2), text_anchor=anchor, class_="halo"))
     for kind, places in spots.items():
         path = " ".join(f"{px},{y(scale * row.value)}" for px, row in places)
-        drawn.append(tag("polyline", points=path, class_=f"curve {kind}"))
+        drawn.append(tag("polyline", points=path, fill="none", class_=f"curve {kind}"))
         drawn += [_spot(px, row, y, scale, show) for px, row in places]
     ends = _apart({kind: y(scale * places[-1][1].value) for kind, places in spots.items()})
     drawn += [tag("text", names[kind], x=x.end + 9, y=round(at + 4, 2), class_=kind) for kind, at in ends.items()]
@@ -249,7 +249,7 @@ def roc(fpr: Sequence[float], tpr: Sequence[float], *, mark: tuple[float, float,
     drawn.append(text("negatives that are taken for positive", 200, 350, "middle"))
     drawn.append(tag("line", x1=x(0), x2=x(100), y1=y(0), y2=y(100), class_="zero"))
     path = " ".join(f"{x(100 * a)},{y(100 * b)}" for a, b in zip(fpr, tpr, strict=True))
-    drawn.append(tag("polyline", points=path, class_="curve transfer"))
+    drawn.append(tag("polyline", points=path, fill="none", class_="curve transfer"))
     if mark is not None:
         a, b, words = mark
         drawn.append(tag("circle", tag("title", words), cx=x(100 * a), cy=y(100 * b), r=4.5, class_="transfer"))

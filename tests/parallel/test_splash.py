@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtransfer.adapt.subtrees import prefix_tuning
+from jaxtransfer.adapt.subtrees import prefix_tuning, prompt_tuning
 from jaxtransfer.config import ConfigError, from_dict
 from jaxtransfer.job import meshes
 from jaxtransfer.models import apply, layers
@@ -117,6 +117,20 @@ def test_encoders_attend_in_both_directions():
     found = apply(source.model, source.params, batch, attend=splash(interpret=True))["logits"]
     rows = batch["attention_mask"].any(1)
     np.testing.assert_allclose(found[rows], wanted[rows], atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("source", [tiny.source, language.decoder], ids=["encoder", "decoder"])
+def test_a_prompt_stands_before_the_tokens(source):
+    prompted = prompt_tuning(source(), jax.random.key(0), length=3)
+    batch = {"input_ids": tiny.batch()["input_ids"], "attention_mask": tiny.batch()["attention_mask"]}
+    wanted, found = (
+        apply(prompted.model, prompted.params, batch, attend=how)["logits"] for how in (None, splash(interpret=True))
+    )
+    kept = (..., None) if wanted.ndim == 3 else (slice(None), -3, None)  # a row ends in two of padding at the most
+    real = batch["attention_mask"].astype(bool)[kept]
+    np.testing.assert_allclose(
+        np.where(real, found, 0), np.where(real, wanted, 0), atol=1e-5 * float(np.abs(wanted).max())
+    )
 
 
 def packed(rows=8, tokens=32):
