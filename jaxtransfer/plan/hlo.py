@@ -196,16 +196,20 @@ def group_size(text: str) -> int:
       (3, 8)
       >>> group_size("replica_groups=mesh['a'=2,'b'=16] {'b'}, dimensions={0}")
       16
+      >>> group_size("replica_groups=mesh['a'=32,'b'=4], device_ids=([4,32]T(1,0)) {'a'}, dimensions={0}")
+      32
     """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in used)
-    return 2  # a permutation names pairs
+    if "source_target_pairs" in text:
+        return 2
+    raise ValueError(f"a collective whose groups are written in no known way: {text[:200]}")
 
 
 def _size(kind: str) -> float:
