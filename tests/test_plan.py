@@ -20,7 +20,7 @@ from jaxtransfer.job import adapting, blueprints, meshes, planning, searching
 from jaxtransfer.job.prepare import trained
 from jaxtransfer.job.sources import sharding_rules
 from jaxtransfer.job.tasks import make_task
-from jaxtransfer.models import apply, family, init, layers
+from jaxtransfer.models import apply, attention, family, init
 from jaxtransfer.models.api import layout_of
 from jaxtransfer.parallel import make_mesh, spelled
 from jaxtransfer.plan import hlo
@@ -366,8 +366,8 @@ def test_what_attention_computes_twice_is_no_need_of_the_model(made, monkeypatch
 
     whole = counted()
     assert whole[0] == whole[1]
-    monkeypatch.setattr(layers, "SCORES", 1)
-    monkeypatch.setattr(layers, "ROWS", 4)
+    monkeypatch.setattr(attention, "SCORES", 1)
+    monkeypatch.setattr(attention, "ROWS", 4)
     needed, done = counted()
     assert needed == whole[0]
     assert done > needed

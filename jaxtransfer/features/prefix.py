@@ -18,7 +18,7 @@ from jaxtransfer.adapt.groups import FROZEN
 from jaxtransfer.data.examples import Examples, collate
 from jaxtransfer.features.extract import FeatureError
 from jaxtransfer.models.api import STATS, apply, run_span
-from jaxtransfer.models.layers import Attend
+from jaxtransfer.models.attention import Attend
 from jaxtransfer.tree.paths import Params, flatten, weight_path
 from jaxtransfer.tree.weights import SHARED
 from jaxtransfer.types import Carry, Model

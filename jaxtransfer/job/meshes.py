@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxtransfer.config import Config, ConfigError, MeshConfig
-from jaxtransfer.models.layers import Attend
+from jaxtransfer.models.attention import Attend
 from jaxtransfer.parallel import make_mesh, spelled, splash
 from jaxtransfer.parallel.mesh import AXES
 from jaxtransfer.plan import Topology

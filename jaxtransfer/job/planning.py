@@ -64,6 +64,7 @@ def _record(draft: Draft, trial: Trial, where: Topology, devices: Any, chosen: s
         "topology": f"{where.name}, {where.count} devices of {chip.hbm / GIB:.2f} GiB",
         "mesh": chosen or spelled(trial.mesh),
         "batch": ", ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in drawn.batch.items()),
+        "attention": draft.config.run.attention,
         "remat": str(trial.remat or "none"),
         "accumulate": trial.accumulate,
     }

@@ -14,7 +14,7 @@ from jaxtransfer.config import Config, ConfigError, MeshConfig
 from jaxtransfer.job.blueprints import Draft
 from jaxtransfer.job.meshes import abstract_mesh, device_mesh, lies
 from jaxtransfer.models import family
-from jaxtransfer.models.layers import at_once
+from jaxtransfer.models.attention import at_once
 from jaxtransfer.parallel import ShardingError, spelled
 from jaxtransfer.plan import Blueprint, Estimate, Topology
 

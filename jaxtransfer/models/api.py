@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtransfer.models import slots as slot
-from jaxtransfer.models.layers import Attend, attending
+from jaxtransfer.models.attention import Attend, attending
 from jaxtransfer.models.projection import PROJECTION
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.diff import TreeError

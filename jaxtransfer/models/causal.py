@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer.models import slots as slot
-from jaxtransfer.models.layers import Span
+from jaxtransfer.models.attention import Span
 from jaxtransfer.types import Carry
 
 

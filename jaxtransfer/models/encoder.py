@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtransfer.models import slots
 from jaxtransfer.models.api import stages_of
-from jaxtransfer.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, attention, dropout, split
+from jaxtransfer.models.attention import attention
+from jaxtransfer.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split
 from jaxtransfer.models.projection import PROJECTION, Projection
 from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.tree import weights

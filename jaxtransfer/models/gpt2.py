@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer.models import causal, decoder, slots
+from jaxtransfer.models.attention import attention
 from jaxtransfer.models.decoder import DecoderConfig
-from jaxtransfer.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, attention, dropout, split
+from jaxtransfer.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split
 from jaxtransfer.models.names import Drop, Entry, NameTable, embedding, norm
 from jaxtransfer.models.registry import MUST, Family
 from jaxtransfer.types import Carry, Head, Model

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer.models import causal, decoder, rope, slots
+from jaxtransfer.models.attention import attention
 from jaxtransfer.models.decoder import FULL, SLIDING, DecoderConfig
-from jaxtransfer.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, attention, split
+from jaxtransfer.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, split
 from jaxtransfer.models.names import Drop, Entry, NameTable, embedding, linear
 from jaxtransfer.models.registry import MUST, Family
 from jaxtransfer.types import Carry, Head, Model

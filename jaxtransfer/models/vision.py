@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxtransfer.models import slots
+from jaxtransfer.models.attention import attention
 from jaxtransfer.models.interpolation import resize_grid
-from jaxtransfer.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, dropout, pixels, split
+from jaxtransfer.models.layers import ACTIVATIONS, LayerNorm, Linear, dropout, pixels, split
 from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.rules import Rule

@@ -17,9 +17,9 @@ from jaxtransfer.objectives.losses import binary_cross_entropy as binary_cross_e
 from jaxtransfer.objectives.losses import cross_entropy as cross_entropy
 from jaxtransfer.objectives.mixup import mixup as mixup
 from jaxtransfer.objectives.seen import boundary as boundary
-from jaxtransfer.objectives.terms import Term as Term
-from jaxtransfer.objectives.terms import aux_of as aux_of
-from jaxtransfer.objectives.terms import captures as captures
-from jaxtransfer.objectives.terms import shapes_of as shapes_of
-from jaxtransfer.objectives.terms import states_of as states_of
-from jaxtransfer.objectives.terms import total as total
+from jaxtransfer.objectives.sums import Term as Term
+from jaxtransfer.objectives.sums import aux_of as aux_of
+from jaxtransfer.objectives.sums import captures as captures
+from jaxtransfer.objectives.sums import shapes_of as shapes_of
+from jaxtransfer.objectives.sums import states_of as states_of
+from jaxtransfer.objectives.sums import total as total

@@ -1,6 +1,6 @@
 """Fused attention on TPUs: jax's splash kernel, which holds no scores and skips the blocks that a mask closes.
 
-Equal to `layers.attention` but for what padding attends to, whose outputs nothing reads: there all keys, here itself.
+Equal to `models.attention` but for what padding attends to, whose outputs nothing reads: there all keys, here itself.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtransfer.models.layers import Attend, Span
+from jaxtransfer.models.attention import Attend, Span
 from jaxtransfer.parallel.mesh import BATCH_AXES, SEQUENCE, ShardingError, parts
 
 _BLOCKS = (512, 256, 128)

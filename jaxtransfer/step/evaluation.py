@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtransfer.models.api import apply
-from jaxtransfer.models.layers import Attend
+from jaxtransfer.models.attention import Attend
 from jaxtransfer.models.projection import PROJECTION
 from jaxtransfer.step.placing import constraint, gathered
 from jaxtransfer.step.state import bare, whole

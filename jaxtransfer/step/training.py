@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxtransfer.models.api import apply
-from jaxtransfer.models.layers import Attend
+from jaxtransfer.models.attention import Attend
 from jaxtransfer.models.projection import PROJECTION
 from jaxtransfer.objectives.losses import Objective
 from jaxtransfer.step.placing import constraint, gathered, pin, pin_state

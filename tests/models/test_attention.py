@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtransfer.models import layers
+from jaxtransfer.models import attention
 from jaxtransfer.parallel import make_mesh
 
 HEADS, WIDTH = 4, 8
@@ -30,7 +30,7 @@ def graded(q, k, v, mask, **how):
     """The output, and the gradients of one of its functions."""
 
     def loss(q, k, v):
-        y = layers.attention(q, k, v, mask, heads=HEADS, **how)
+        y = attention.attention(q, k, v, mask, heads=HEADS, **how)
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -40,8 +40,8 @@ def graded(q, k, v, mask, **how):
 @pytest.fixture
 def in_parts(monkeypatch):
     def patch(scores=1, rows=4):
-        monkeypatch.setattr(layers, "SCORES", scores)
-        monkeypatch.setattr(layers, "ROWS", rows)
+        monkeypatch.setattr(attention, "SCORES", scores)
+        monkeypatch.setattr(attention, "ROWS", rows)
 
     return patch
 
@@ -50,7 +50,7 @@ def loops(tokens, kv_heads=HEADS):
     """Lengths of the loops over queries."""
     shapes = [jax.ShapeDtypeStruct((2, tokens, n * WIDTH), jnp.float32) for n in (HEADS, kv_heads, kv_heads)]
     mask = jax.ShapeDtypeStruct((2, tokens), bool)
-    jaxpr = jax.make_jaxpr(lambda *a: layers.attention(*a, heads=HEADS, kv_heads=kv_heads))(*shapes, mask)
+    jaxpr = jax.make_jaxpr(lambda *a: attention.attention(*a, heads=HEADS, kv_heads=kv_heads))(*shapes, mask)
     return [e.params["length"] for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
 
 
@@ -66,8 +66,8 @@ def test_queries_in_parts_give_what_they_give_at_once(tokens, kv_heads, kind, so
     how = {"kv_heads": kv_heads, "softcap": softcap}
     whole = graded(*given, masks(tokens)[kind], **how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "SCORES", 1)
-        patch.setattr(layers, "ROWS", 4)
+        patch.setattr(attention, "SCORES", 1)
+        patch.setattr(attention, "ROWS", 4)
         assert loops(tokens, kv_heads)
         parted = graded(*given, masks(tokens)[kind], **how)
     for a, b in zip(whole, parted, strict=True):
@@ -102,7 +102,7 @@ def test_memory_of_a_long_row_is_below_its_scores():
     tokens, heads = 4096, 8
     shape = jax.ShapeDtypeStruct((1, tokens, heads * WIDTH), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, tokens), bool)
-    step = jax.grad(lambda q, k, v, m: layers.attention(q, k, v, m, heads=heads).sum(), argnums=(0, 1, 2))
+    step = jax.grad(lambda q, k, v, m: attention.attention(q, k, v, m, heads=heads).sum(), argnums=(0, 1, 2))
     memory = jax.jit(step).lower(shape, shape, shape, mask).compile().memory_analysis()
     assert memory.temp_size_in_bytes < heads * tokens * tokens * 4
 
@@ -111,7 +111,7 @@ def test_dropout_draws_for_each_part_and_the_same_on_every_mesh(in_parts):
     in_parts(rows=16)
     tokens = 64
     (q, k, v), mask = drawn(tokens, HEADS), masks(tokens)["padding"]
-    attend = jax.jit(lambda q, k, v, m, key: layers.attention(q, k, v, m, heads=HEADS, rate=0.5, key=key))
+    attend = jax.jit(lambda q, k, v, m, key: attention.attention(q, k, v, m, heads=HEADS, rate=0.5, key=key))
     alike = jnp.broadcast_to(q[:, :1], q.shape)  # queries that differ in nothing but their dropout
     rows = np.asarray(attend(alike, k, v, mask, jax.random.key(0)))[0]
     assert len(np.unique(rows.round(6), axis=0)) == tokens

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtransfer.models import apply, run_span
 from jaxtransfer.models.foreign import from_nnx
 from jaxtransfer.objectives import (
+    Term,
     adversarial,
     aux_of,
     captures,
@@ -251,7 +252,7 @@ def test_a_teacher_keeps_the_running_statistics_that_it_had(standard_promotion):
         rngs = nnx.Rngs(0)
         src = from_nnx({"body": Normed(rngs), "head": nnx.Linear(5, 3, rngs=rngs)})
         batch = {**rows(), "inputs": 3.0 * rows()["inputs"] + 2.0}
-        teacher = terms.Term("teacher", lambda view: (jnp.zeros(()), {"logits": again(view)}), anchored=True)
+        teacher = Term("teacher", lambda view: (jnp.zeros(()), {"logits": again(view)}), anchored=True)
         labels = jax.tree.map(lambda _: "all", src.params)
         labels["body"]["norm"] = {
             name: "stats" if name in ("mean", "var") else "all" for name in labels["body"]["norm"]

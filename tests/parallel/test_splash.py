@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jaxtransfer.adapt.subtrees import prefix_tuning, prompt_tuning
 from jaxtransfer.config import ConfigError, from_dict
 from jaxtransfer.job import meshes
-from jaxtransfer.models import apply, layers
-from jaxtransfer.models.layers import Span
+from jaxtransfer.models import apply, attention
+from jaxtransfer.models.attention import Span
 from jaxtransfer.objectives import language_model
 from jaxtransfer.optim import Group
 from jaxtransfer.parallel import ShardingError, fsdp, make_mesh, splash
@@ -52,8 +52,8 @@ def graded(attend, q, k, v, segments, window, *, causal=True, near=0, **how):
 
     def loss(q, k, v, window):
         span = Span(segments, causal, window, near)
-        with layers.attending(attend):
-            y = layers.attention(q, k, v, masked(span), heads=HEADS, span=span, **how)
+        with attention.attending(attend):
+            y = attention.attention(q, k, v, masked(span), heads=HEADS, span=span, **how)
         y = jnp.where((segments != 0)[:, :, None], y, 0.0)
         return jnp.sum(jnp.sin(y)), y
 
