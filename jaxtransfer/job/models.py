@@ -125,7 +125,8 @@ def _rebuilt(folder: Path, config: Config) -> Source:
     steps = page["run"]["steps"]
     terms = terms_of(config, task, trunk, source.model, source.params, steps)
     params = {**mastered(config, source.model, source.params), **terms.beside(seed)}
-    how = trained(config, task, source.model, params, steps, None, (), terms=terms)
+    alone = dataclasses.replace(config, run=dataclasses.replace(config.run, attention="xla"))  # no step is run
+    how = trained(alone, task, source.model, params, steps, None, (), terms=terms)
     like = init_state(source.model, params, how["labels"], how["tx"], jax.random.key(seed), terms=terms.states)
     best = folder / CHECKPOINTS / str(best_step(progress_of(folder)))
     state, frozen, _ = checkpoint.restore(best, like=like, lineage=source.lineage)

@@ -180,7 +180,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What makes a run folder this run's: its configuration but for its places, its source, its data."""
         known = _dotted(dataclasses.asdict(self.config))
-        places = ("out", "run.cache", "mesh")
+        places = ("out", "run.cache", "run.attention", "mesh")
         config = {key: value for key, value in known if key not in places and not key.startswith("mesh.")}
         data = {f"data {split}": data.digest for split, data in self.data.items()}
         if self.before is not None:

@@ -86,6 +86,18 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+def test_a_run_of_other_devices_is_put_together_here(ran):
+    _, out, _ = ran
+    file = out / "config.yaml"
+    text = file.read_text()
+    assert "attention: xla" in text
+    file.write_text(text.replace("attention: xla", "attention: splash"))
+    try:
+        assert len(list(job.predict(out, ["a good lamp"]))) == 1
+    finally:
+        file.write_text(text)
+
+
 def test_a_run_is_put_together_again_without_its_data(ran, world, monkeypatch):
     _, out, said = ran
     page = result(out)

@@ -93,6 +93,9 @@ def test_adapters_above_leave_what_is_below_cached(world):
 def test_a_run_is_the_same_with_and_without(world):
     on, off = (prepare(world.config(world.root / "x", run__cache=cache), print) for cache in ("auto", "off"))
     assert on.identity() == off.identity()
+    run = dataclasses.replace(on.config.run, attention="splash")
+    elsewhere = dataclasses.replace(on, config=dataclasses.replace(on.config, run=run))
+    assert elsewhere.identity() == on.identity()
 
 
 def test_too_little_room_is_told(world, monkeypatch):
