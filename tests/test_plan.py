@@ -487,6 +487,12 @@ def test_pods_name_a_slice_that_their_mesh_is(path, monkeypatch):
     meshes.check_mesh(dataclasses.asdict(settings.mesh), where, settings.data.batch, settings.run.accumulate)
 
 
+def test_a_kernel_of_tpus_is_refused_on_gpus(made):
+    run = {"steps": 10, "attention": "splash"}
+    with pytest.raises(config.ConfigError, match="h200:8 has none; take xla"):
+        planning.plan(made(mesh={"fsdp": 8}, run=run), "h200:8", say=quiet)
+
+
 # With libtpu
 
 

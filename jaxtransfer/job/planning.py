@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxtransfer import plan as planning
-from jaxtransfer.config import Config, MeshConfig
+from jaxtransfer.config import Config, ConfigError, MeshConfig
 from jaxtransfer.job import auto_mesh, blueprints, meshes, searching
 from jaxtransfer.job.blueprints import Draft
 from jaxtransfer.job.searching import Trial
@@ -32,11 +32,15 @@ def plan(
       say: is told what a user should know.
 
     Raises:
-      TopologyError: no such slice, or no compiler for it; ConfigError: a mesh that is not the slice's, a batch that
-        does not divide over it, and what `blueprints.draft` raises.
+      TopologyError: no such slice, or no compiler for it; ConfigError: a kernel that it has not, a mesh that is not its
+        own, a batch that does not divide over it, and what `blueprints.draft` raises.
     """
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and no accelerator is to be waited for
     where = planning.topology(topology)
+    if config.run.attention == "splash" and not where.chip.tpu:
+        raise ConfigError(
+            f"run.attention: splash is a kernel of TPUs, {where.name} has none; take xla", "run.attention"
+        )
     if search:
         to = searching.new_file(config, topology, to)
     elif isinstance(config.mesh, MeshConfig):
