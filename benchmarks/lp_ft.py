@@ -1,8 +1,8 @@
 """Linear probing before fine-tuning, on many draws of the two-layer linear problem of Kumar et al. 2022.
 
-``f(x) = v . B x``, d = 20, k = 5; ten examples in a subspace of five dimensions; the pre-trained B is near the true one.
-The error out of distribution is ``|B^T v - B*^T v*|^2``, that of a standard normal x. One draw says little: every draw is
-trained in three ways, all of them at once by `jax.vmap` over the library's own step.
+``f(x) = v . B x``, d = 20, k = 5; ten examples in a subspace of five dimensions; the pre-trained B is near the true
+one. The error out of distribution is ``|B^T v - B*^T v*|^2``, that of a standard normal x. One draw says little: every
+draw is trained in three ways, all of them at once by `jax.vmap` over the library's own step.
 
 Usage: python benchmarks/lp_ft.py [--draws 1000] [--steps 5000] [--near 0.02]
 """
@@ -96,7 +96,8 @@ def main():
         below = 100 * np.mean(found < REFERENCE[name])
         print(f"{name:14s} {middle:6.3f} [{low:.3f}, {high:.3f}]  {below:.1f} % below {REFERENCE[name]}")
     ratio = errors["fine-tuning"] / errors["LP-FT"]
-    print(f"fine-tuning is worse than LP-FT in {100 * np.mean(ratio > 1):.1f} %, by a median factor of {np.median(ratio):.1f}")
+    worse, factor = 100 * np.mean(ratio > 1), np.median(ratio)
+    print(f"fine-tuning is worse than LP-FT in {worse:.1f} %, by a median factor of {factor:.1f}")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def run_span(
         stage = model.stages[run.low]
         reads = tuple(_get(params, path) for path in stage.reads)
         try:
-            with attending(attend):
+            with attending(attend), weights.whole(constrain is None):
                 written, stats = how.run(stage, run, out, reads, key if run.low in training else None)
         except TreeError as error:
             raise TreeError(f"{run.path}: {error}") from None

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtransfer.models.layers import at_least_float32, dropout
+from jaxtransfer.models.layers import at_least_float32, dropped, lean, softmax, survivors
 
 SCORES = 2**24
 """Of a row, the scores that are in memory at once: 64 MiB, which stay on the chip of a TPU v5e or v6e."""
@@ -144,6 +144,11 @@ def _attention(
         scores = softcap * jnp.tanh(scores / softcap)
     mask = jnp.expand_dims(mask, (*range(1, 1 + len(sizes)), *([-2] if mask.ndim == 2 else [])))
     scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    probs = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
-    y = jnp.moveaxis(jnp.einsum(f"bk{g}ts,bksd->bk{g}td", probs, v), -2, 1)
+    where, share = survivors(scores.shape, rate, key)
+
+    def weighted(probs: jax.Array, v: jax.Array, where: jax.Array | None) -> jax.Array:
+        return jnp.einsum(f"bk{g}ts,bksd->bk{g}td", dropped(probs.astype(v.dtype), where, share), v)
+
+    # The softmax keeps its probabilities: those that are left of them need not be kept beside them.
+    y = jnp.moveaxis(lean(weighted)(softmax(scores), v, where), -2, 1)
     return y.reshape(*y.shape[:2], heads * d)

@@ -11,16 +11,46 @@ from jax.extend.random import threefry2x32_p
 from jaxtransfer.tree import weights
 from jaxtransfer.types import Carry
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+Pointwise = Callable[..., jax.Array]
+
+
+def lean(f: Pointwise) -> Pointwise:
+    """A cheap function of which the backward pass keeps what goes in alone, and computes the rest once more.
+
+    A scan writes down what is kept, of every layer: of a GELU four times its input, and an error function costs less
+    than that.
+    """
+    return jax.checkpoint(f, prevent_cse=False)
+
+
+@jax.custom_jvp
+def softmax(x: jax.Array) -> jax.Array:
+    """``exp(x_i) / sum_j exp(x_j)`` over the last axis. The backward pass keeps this alone; of jax's own, two such."""
+    return jax.nn.softmax(x, axis=-1)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    y = softmax(x)
+    return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
+
+
+ACTIVATIONS: dict[str, Pointwise] = {
+    "gelu": lean(lambda x: jax.nn.gelu(x, approximate=False)),
+    "gelu_new": lean(lambda x: jax.nn.gelu(x, approximate=True)),
+    "gelu_pytorch_tanh": lean(lambda x: jax.nn.gelu(x, approximate=True)),
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": lean(jax.nn.silu),
+    "swish": lean(jax.nn.silu),
     "tanh": jnp.tanh,
 }
 """Activations by Hugging Face's names; ``gelu`` is the exact one."""
+
+
+def gated(activation: str, gate: jax.Array, x: jax.Array) -> jax.Array:
+    """``activation(gate) * x`` (Shazeer 2020, arXiv:2002.05202)."""
+    return lean(lambda gate, x: ACTIVATIONS[activation](gate) * x)(gate, x)
 
 
 class Linear(nnx.Module):
@@ -94,10 +124,20 @@ def pixels(carry: Carry, channels: int) -> jax.Array:
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each entry with probability ``rate`` and scales the rest by ``1 / (1 - rate)``; identity without a key."""
+    return dropped(x, *survivors(x.shape, rate, key))
+
+
+def survivors(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> tuple[jax.Array | None, float]:
+    """Where `dropout` leaves the entries of an array, None for everywhere, and the share of these."""
     if key is None or rate == 0.0:
-        return x
+        return None, 1.0
     kept = min(max(round((1.0 - rate) * 2**16), 1), 2**16)  # of 2^16: the rate to the nearest that 16 bits can tell
-    return jnp.where(_draw(key, x.shape) < kept, x / (kept / 2**16), jnp.zeros_like(x))
+    return _draw(key, shape) < kept, kept / 2**16
+
+
+def dropped(x: jax.Array, where: jax.Array | None, share: float) -> jax.Array:
+    """What `dropout` makes of an array whose `survivors` are drawn."""
+    return x if where is None else jnp.where(where, x / share, jnp.zeros_like(x))
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtransfer.models import causal, decoder, rope, slots
 from jaxtransfer.models.attention import attention
 from jaxtransfer.models.decoder import FULL, SLIDING, DecoderConfig
-from jaxtransfer.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, split
+from jaxtransfer.models.layers import Embedding, Linear, RMSNorm, gated, split
 from jaxtransfer.models.names import Drop, Entry, NameTable, embedding, linear
 from jaxtransfer.models.registry import MUST, Family
 from jaxtransfer.types import Carry, Head, Model
@@ -120,7 +120,7 @@ class MLP(nnx.Module):
     def __call__(self, carry: Carry, key: jax.Array | None) -> jax.Array:
         kg, ku, kd = split(key, 3)
         x = self.norm(carry["hidden"])
-        y = self.down(ACTIVATIONS[self.activation](self.gate(x, kg)) * self.up(x, ku), kd)
+        y = self.down(gated(self.activation, self.gate(x, kg), self.up(x, ku)), kd)
         y = y if self.post_norm is None else self.post_norm(y)
         return carry["hidden"] + slots.adapted(y, carry, "mlp")
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtransfer.models import slots
 from jaxtransfer.models.attention import attention
 from jaxtransfer.models.interpolation import resize_grid
-from jaxtransfer.models.layers import ACTIVATIONS, LayerNorm, Linear, dropout, pixels, split
+from jaxtransfer.models.layers import ACTIVATIONS, LayerNorm, Linear, dropout, gated, pixels, split
 from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.rules import Rule
@@ -209,7 +209,7 @@ class MLP(nnx.Module):
         y = self.up(self.norm(x), ku)
         if self.c.use_swiglu_ffn:
             gate, y = jnp.split(y, 2, axis=-1)
-            y = jax.nn.silu(gate) * y
+            y = gated("silu", gate, y)
         else:
             y = ACTIVATIONS[self.c.hidden_act](y)
         y = self.down(y, kd)

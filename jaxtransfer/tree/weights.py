@@ -5,7 +5,9 @@ would (an adapter around a base, a quantised matrix). Layers call the functions 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 
 SHARED = "shared"
 """The root of arrays that many weights use and none owns: they are kept once, and neither stacked nor scanned."""
+_WHOLE = ContextVar("whole", default=False)
 
 
 class Weight:
@@ -135,6 +138,16 @@ def with_shared(tree: Any, shared: Mapping[str, Any]) -> Any:
     return jax.tree.map(put, tree, is_leaf=shares)
 
 
+@contextmanager
+def whole(rows_and_tokens: bool) -> Iterator[None]:
+    """Whether all rows and tokens of what is traced in here are on one device: products may take them as one axis."""
+    token = _WHOLE.set(rows_and_tokens)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
 def linear(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None) -> jax.Array:
     """``y = x w + b`` in the dtype of ``x``: (..., in) x (in, out) -> (..., out).
 
@@ -146,7 +159,16 @@ def linear(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None)
     """
     if is_weight(w):
         return w.linear(x, bias, key)
-    y = _uncast(lambda x, w: jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))), x, w)
+    # XLA for CPUs transposes what is summed over two axes, which of the gradients of a, b and w takes most of the time:
+    # a step under LoRA took 1.35 times as long. Where a mesh splits rows and tokens they cannot be one axis.
+    merge = x.ndim > 2 and _WHOLE.get() and jax.default_backend() == "cpu"
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1]) if merge else x
+        y = jax.lax.dot_general(rows, w, (((rows.ndim - 1,), (0,)), ((), ())))
+        return y.reshape(*x.shape[:-1], w.shape[-1]) if merge else y
+
+    y = _uncast(product, x, w, always=merge)
     return y if bias is None else y + jnp.reshape(bias.astype(x.dtype), (1,) * (y.ndim - 1) + (-1,))
 
 
@@ -171,12 +193,15 @@ def conv(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None, h
     return y if bias is None else y + jnp.reshape(bias.astype(x.dtype), (1,) * (y.ndim - 1) + (-1,))
 
 
-def _uncast(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: Any) -> jax.Array:
-    """``product(x, w)`` in the dtype of ``x``; what is saved for the backward pass is ``w`` as it is, and not its cast.
+def _uncast(
+    product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: Any, always: bool = False
+) -> jax.Array:
+    """``product(x, w)`` in the dtype of ``x``; what is saved for the backward pass is ``x`` and ``w`` as they are.
 
-    A scan would save those of all layers: half of the base again where activations are bfloat16 and weights float32.
+    A scan would save the casts of all layers, half of the base again where activations are bfloat16 and weights float32,
+    and what a product reshapes beside what it is given.
     """
-    if w.dtype == x.dtype:
+    if w.dtype == x.dtype and not always:
         return product(x, w)
     return jax.checkpoint(lambda x, w: product(x, w.astype(x.dtype)), prevent_cse=False)(x, w)
 

@@ -47,3 +47,45 @@ def test_what_a_leaf_type_does_not_define_says_so(member):
     with pytest.raises(TypeError, match=f"Pair (does not define {member}|cannot be materialized)"):
         found = getattr(Pair(1, 2), member)
         found()
+
+
+def graded(x, w, bias):
+    """``x w + bias``, and the gradients of a function of it."""
+    y, back = jax.vjp(weights.linear, x, w, bias)
+    return y, *back(jnp.cos(y))
+
+
+def factors(dtype):
+    x, w, bias = (jnp.asarray(draw(shape, "float32", 0)) for shape in ((2, 5, 3), (3, 4), (4,)))
+    return x.astype(dtype), w, bias
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_and_tokens_as_one_axis_change_nothing(dtype):
+    apart = graded(*factors(dtype))
+    with weights.whole(True):
+        one = graded(*factors(dtype))
+    for a, b in zip(apart, one, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        close = {"rtol": 1e-6, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 0.1}
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), **close)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only XLA for CPUs transposes what is summed over two axes")
+def test_only_what_is_on_one_device_takes_rows_and_tokens_as_one_axis():
+    x, w, _ = factors("float32")
+    summed, kept = [], []
+    for whole in (False, True):
+        with weights.whole(whole):
+            summed.append(str(jax.make_jaxpr(jax.grad(lambda w: jnp.sum(weights.linear(x, w))))(w)))
+            kept.append(
+                sorted(leaf.shape for leaf in jax.tree.leaves(jax.vjp(weights.linear, x, w)[1]) if leaf.ndim > 1)
+            )
+    assert ["(([0, 1], [0, 1])" in traced for traced in summed] == [True, False]
+    assert kept == [[(2, 5, 3), (3, 4)]] * 2, "what is kept has the shape of what was given"
+
+
+def test_one_axis_of_no_rows():
+    _, w, bias = factors("float32")
+    with weights.whole(True):
+        assert weights.linear(jnp.zeros((0, 5, 3)), w, bias).shape == (0, 5, 4)
