@@ -198,8 +198,8 @@ def _uncast(
 ) -> jax.Array:
     """``product(x, w)`` in the dtype of ``x``; what is saved for the backward pass is ``x`` and ``w`` as they are.
 
-    A scan would save the casts of all layers, half of the base again where activations are bfloat16 and weights float32,
-    and what a product reshapes beside what it is given.
+    A scan would save the casts of all layers, half of the base again where activations are bfloat16 and weights
+    float32, and what a product reshapes beside what it is given.
     """
     if w.dtype == x.dtype and not always:
         return product(x, w)
