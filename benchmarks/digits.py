@@ -105,7 +105,7 @@ def methods(steps):
         "CDAN+E": [terms.cdan(LAYER, steps, width=128)],
         "MCC": [terms.mcc()],
         "MCD": [terms.mcd(cross_entropy(), LAYER)],
-        "SHOT": [terms.information_maximisation(), terms.centroid_labels(LAYER)],
+        "SHOT": [terms.information_maximisation(), terms.centroid_labels(LAYER, weight=0.1)],
         BOUND: [],
     }
 

@@ -84,12 +84,15 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(at_least_float32(x.dtype))
-        mean = wide.mean(-1, keepdims=True)
-        centred = wide - mean
-        var = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(var + self.eps)
-        return (y * _row(self.scale, y) + _row(self.bias, y)).astype(x.dtype)
+        def normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+            wide = x.astype(at_least_float32(x.dtype))
+            mean = wide.mean(-1, keepdims=True)
+            centred = wide - mean
+            var = jnp.mean(centred * centred, axis=-1, keepdims=True)
+            y = centred * jax.lax.rsqrt(var + self.eps)
+            return (y * _row(scale, y) + _row(bias, y)).astype(x.dtype)
+
+        return lean(normalised)(x, _value(self.scale), _value(self.bias))
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -97,9 +100,12 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def _row(variable: Any, like: jax.Array) -> jax.Array:
-    value = weights.materialize(variable.get_value()).astype(like.dtype)
-    return value.reshape((1,) * (like.ndim - 1) + (-1,))
+def _value(variable: Any) -> jax.Array:
+    return weights.materialize(variable.get_value())
+
+
+def _row(value: jax.Array, like: jax.Array) -> jax.Array:
+    return value.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def pixels(carry: Carry, channels: int) -> jax.Array:
@@ -178,9 +184,12 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(at_least_float32(x.dtype))
-        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (y * (_row(self.scale, y) + self.offset)).astype(x.dtype)
+        def normalised(x: jax.Array, scale: jax.Array) -> jax.Array:
+            wide = x.astype(at_least_float32(x.dtype))
+            y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+            return (y * (_row(scale, y) + self.offset)).astype(x.dtype)
+
+        return lean(normalised)(x, _value(self.scale))
 
 
 class Conv(nnx.Module):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxtransfer.models import layers
 from jaxtransfer.models.attention import attention
@@ -72,3 +73,11 @@ def test_attention_keeps_its_probabilities_once_and_a_mask(dtype):
     # The probabilities and what dropout left of them; the padding and its zeros, which are the same in every layer.
     assert scores == ["bool", "bool", "float32", "float32"]
     assert [shape for shape, _ in found if shape[-1] == 4] == [(2, 3, 16, 4)] * 3
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_keeps_its_input_in_its_own_dtype(kind, dtype):
+    norm = layers.LayerNorm(7, eps=1e-6) if kind == "layer" else layers.RMSNorm(7, eps=1e-6)
+    graph, params = nnx.split(norm)
+    assert saved(lambda params, x: nnx.merge(graph, params)(x), params, drawn(3, 7).astype(dtype)) == [((3, 7), dtype)]
