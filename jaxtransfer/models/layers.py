@@ -236,7 +236,7 @@ class BatchNorm(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         wide = x.astype(at_least_float32(x.dtype))
         if key is None or isinstance(self.mean.get_value(), weights.Fixed):
-            return self._affine(wide - _row(self.mean, wide), _row(self.var, wide)).astype(x.dtype), {}
+            return self._affine(wide - _row(_value(self.mean), wide), _row(_value(self.var), wide)).astype(x.dtype), {}
         if x.size // x.shape[-1] < 2:
             raise ValueError(f"batch statistics need more than one value a channel; the input is {x.shape}")
         rows = jnp.ones(len(x)) if weight is None else weight != 0
@@ -257,8 +257,8 @@ class BatchNorm(nnx.Module):
         return self._affine(centred, var).astype(x.dtype), new
 
     def _affine(self, centred: jax.Array, var: jax.Array) -> jax.Array:
-        scale = jax.lax.rsqrt(var + self.eps) * _row(self.scale, centred)
-        return centred * scale + _row(self.bias, centred)
+        scale = jax.lax.rsqrt(var + self.eps) * _row(_value(self.scale), centred)
+        return centred * scale + _row(_value(self.bias), centred)
 
     def _moved(self, running: Any, batch: jax.Array, n: jax.Array) -> jax.Array:
         old = running.get_value()
