@@ -26,7 +26,10 @@ from jaxtransfer.types import Carry, Model, Stage
 
 REMAT: dict[str, Any] = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # of layers by name: a policy does not look inside them
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(weights.PRODUCT),
+    ),
 }
 """Rematerialisation by name: ``full`` keeps stage inputs only, ``dots`` also the outputs of matrix products."""
 

@@ -12,7 +12,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "product"
+"""What a policy of rematerialisation calls the products that `linear` makes."""
 SHARED = "shared"
 """The root of arrays that many weights use and none owns: they are kept once, and neither stacked nor scanned."""
 _WHOLE = ContextVar("whole", default=False)
@@ -168,7 +171,7 @@ def linear(x: jax.Array, w: Any, bias: Any = None, key: jax.Array | None = None)
         y = jax.lax.dot_general(rows, w, (((rows.ndim - 1,), (0,)), ((), ())))
         return y.reshape(*x.shape[:-1], w.shape[-1]) if merge else y
 
-    y = _uncast(product, x, w, always=merge)
+    y = checkpoint_name(_uncast(product, x, w, always=merge), PRODUCT)
     return y if bias is None else y + jnp.reshape(bias.astype(x.dtype), (1,) * (y.ndim - 1) + (-1,))
 
 

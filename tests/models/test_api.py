@@ -179,9 +179,6 @@ def test_rematerialisation_gives_equal_gradients(how):
     assert all(np.abs(leaf).max() > 0 for path, leaf in plain.items() if "key/bias" not in path)
     for remat in ("full", "dots"):
         zoo.assert_gradients_close(flatten(gradient(params, remat)), plain, largest=1e-6, relative=1e-5)
-    text = {remat: str(jax.make_jaxpr(lambda p, r=remat: gradient(p, r))(params)) for remat in (None, "full")}
-    assert "remat" in text["full"] or "checkpoint" in text["full"]
-    assert "remat" not in text[None] and "checkpoint" not in text[None]
 
 
 def test_activations_have_the_dtype_asked_for_and_weights_keep_theirs():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtransfer.models import layers
+from jaxtransfer.models import apply, layers
 from jaxtransfer.models.attention import attention
+from tests.models import zoo
 
 LEAN = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -81,3 +82,22 @@ def test_a_norm_keeps_its_input_in_its_own_dtype(kind, dtype):
     norm = layers.LayerNorm(7, eps=1e-6) if kind == "layer" else layers.RMSNorm(7, eps=1e-6)
     graph, params = nnx.split(norm)
     assert saved(lambda params, x: nnx.merge(graph, params)(x), params, drawn(3, 7).astype(dtype)) == [((3, 7), dtype)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rematerialisation_keeps_a_layers_input_and_if_asked_its_products(dtype):
+    model, params = zoo.tiny(num_hidden_layers=1, intermediate_size=24)
+
+    def kept(remat):
+        """Of one layer, how many arrays of an inner and of an outer width."""
+
+        def hidden(layer):
+            whole, key = {**params, "blocks": {"0": layer}}, jax.random.key(1)
+            return apply(model, whole, zoo.inputs(), train=True, key=key, remat=remat, dtype=jnp.dtype(dtype))["logits"]
+
+        found = [shape for shape, kind in saved(hidden, params["blocks"]["0"]) if kind == dtype and shape[:2] == (3, 7)]
+        return found.count((3, 7, 24)), found.count((3, 7, zoo.TINY["hidden_size"]))
+
+    (everything, _), (products, outer), (nothing, inputs) = map(kept, (None, "dots", "full"))
+    assert (everything, products, nothing) == (2, 1, 0)
+    assert outer >= inputs + 4, "query, key, value and attention's output"
