@@ -1,11 +1,12 @@
 """Arrays on disk: the only module that knows Orbax.
 
-Arrays go in as a flat dictionary whose keys are quoted names, so that no name is ever read as a path. Orbax's own
-checks are not relied on: what it is asked to read has been compared with what was written, shape by shape, before.
+Arrays go in as a flat dictionary whose keys are quoted names, so that no name is ever read as a path. Small ones go
+as one: Orbax takes a millisecond or two and 500 bytes of description for each. Its own checks are not relied on: what
+it is asked to read has been compared with what was written, shape by shape, before.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,17 @@ from urllib.parse import quote
 
 import jax
 import numpy as np
+
+from jaxtransfer.parallel import put
+
+_SMALL = 1 << 16  # bytes
+_TOGETHER = "%"  # the key of the small ones' bytes; no quoted name is a lone per cent
+
+
+def small(arrays: Mapping[str, Any]) -> set[str]:
+    """The names of the arrays that are written as one: of few bytes, and the same on every device."""
+    whole = (name for name, x in arrays.items() if not isinstance(x, jax.Array) or x.is_fully_replicated)
+    return {name for name in whole if arrays[name].nbytes <= _SMALL}
 
 
 def write_async(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
@@ -26,14 +38,17 @@ def write_async(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     """
     from orbax.checkpoint import v1 as ocp
 
+    few = {name: arrays[name] for name in sorted(small(arrays))}
+    large = {name: array for name, array in arrays.items() if name not in few}
     options = ocp.Context()
     options.array.saving.use_compression = False
     options.array.saving.enable_write_sharding_file = False  # where arrays go is for the reader to say
+    options.array.saving.array_metadata_store = None  # of layouts, which we leave to Orbax
     quiet = ExitStack()
     quiet.enter_context(_quiet())
     try:
         with options:
-            named = {quote(name, safe=""): array for name, array in _held(arrays).items()}
+            named = {quote(name, safe=""): array for name, array in _held(large).items()} | _joined(few)
             response = ocp.save_async(str(folder.absolute()), named)  # Orbax takes no relative paths
     except BaseException:
         quiet.close()
@@ -44,6 +59,12 @@ def write_async(folder: Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
             response.result()
 
     return wait
+
+
+def _joined(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The bytes of all, end to end; nothing where there is none."""
+    found = jax.device_get(dict(arrays)).values()
+    return {_TOGETHER: np.frombuffer(b"".join(array.tobytes() for array in found), np.uint8)} if found else {}
 
 
 def _held(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,19 +82,38 @@ def _held(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return out | jax.block_until_ready(jax.device_put(views, where, may_alias=False))
 
 
-def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], together: Collection[str] = ()) -> dict[str, Any]:
     """Reads arrays by name: onto their sharding where they have one, into host memory where they have none.
 
     Args:
       folder: as `write_async` made it.
       wanted: every array of the folder, with the shape and dtype that it was written with.
+      together: those of them that were `small`.
     """
     from orbax.checkpoint import v1 as ocp
 
-    abstract = {quote(name, safe=""): x if x.sharding else _on_host(x) for name, x in wanted.items()}
+    keys = {name: quote(name, safe="") for name in wanted if name not in together}
+    abstract: dict[str, Any] = {k: wanted[n] if wanted[n].sharding else _on_host(wanted[n]) for n, k in keys.items()}
+    few = {name: wanted[name] for name in sorted(together)}
+    if few:
+        abstract[_TOGETHER] = np.zeros(sum(_nbytes(like) for like in few.values()), np.uint8)
     with _quiet():
         found = ocp.load(str(folder.absolute()), abstract)
-    return {name: found[quote(name, safe="")] for name in wanted}
+    return {name: found[key] for name, key in keys.items()} | _parted(found.get(_TOGETHER), few)
+
+
+def _parted(joined: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """What `_joined` put end to end, each an array of its own again."""
+    out, start = {}, 0
+    for name, like in wanted.items():
+        stop = start + _nbytes(like)
+        array = joined[start:stop].copy().view(like.dtype).reshape(like.shape)
+        out[name], start = array if like.sharding is None else put(array, like.sharding), stop
+    return out
+
+
+def _nbytes(like: jax.ShapeDtypeStruct) -> int:
+    return like.size * like.dtype.itemsize
 
 
 def _on_host(like: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -6,6 +6,7 @@ own checksum, so a change of any byte of any file is found before the byte is us
 """
 
 import fcntl
+import gzip
 import json
 import os
 import re
@@ -25,8 +26,8 @@ from jaxtransfer.parallel import distributed
 from jaxtransfer.source.writer import fsync
 
 MANIFEST = "manifest.json"
-META = "meta.json"
-FORMAT = "jaxtransfer-checkpoint"
+META = "meta.json.gz"  # names and fingerprints, hundreds of them: a sixth of its size so
+FORMAT, VERSION = "jaxtransfer-checkpoint", 2
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"\..+\.(tmp|trash)-[0-9a-f]{12}")
 _BLOCK = 1 << 20
@@ -110,8 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if text != _sealed(body):
         raise DamagedError(f"{path}: damaged, its own checksum does not match")
     manifest = json.loads(body)
-    if manifest.get("format") != FORMAT or manifest.get("version") != 1:
-        raise CheckpointError(f"{path}: version {manifest.get('version')} is unknown here; update jaxtransfer")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: version {manifest.get('version')} is unknown here, which is {VERSION}; use the jaxtransfer that "
+            "wrote it, or a later one"
+        )
     present = dict(_files(folder))
     for name, entry in manifest["files"].items():
         if name not in present:
@@ -119,6 +123,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if present[name] != entry["size"]:
             raise DamagedError(f"{folder / name}: {present[name]} bytes, {entry['size']} were written")
     return manifest
+
+
+def packed(meta: Mapping[str, Any]) -> bytes:
+    """What :data:`META` holds; the same for the same."""
+    return gzip.compress(json.dumps(meta, sort_keys=True).encode(), mtime=0)
+
+
+def unpacked(content: bytes) -> dict[str, Any]:
+    """The inverse of :func:`packed`."""
+    return json.loads(gzip.decompress(content))
 
 
 def _sealed(body: bytes) -> bytes:
@@ -237,7 +251,7 @@ def seal(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> Non
         fsync(folder / file)
     for parent, _, _ in os.walk(folder, topdown=False):
         fsync(Path(parent))
-    body = json.dumps({"format": FORMAT, "version": 1, "name": name, "files": files}, sort_keys=True)
+    body = json.dumps({"format": FORMAT, "version": VERSION, "name": name, "files": files}, sort_keys=True)
     write_durably(folder / MANIFEST, _sealed(body.encode()))
 
 

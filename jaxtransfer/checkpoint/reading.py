@@ -1,7 +1,6 @@
 """Reading a checkpoint back, onto any layout and any mesh, all of it or none."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxtransfer.checkpoint import arrays
 from jaxtransfer.checkpoint.leaves import Row, Spec, compare, is_key, named, rows_of, table
-from jaxtransfer.checkpoint.manifest import META, CheckpointError, verify, verify_together
+from jaxtransfer.checkpoint.manifest import META, CheckpointError, unpacked, verify, verify_together
 from jaxtransfer.checkpoint.places import places_of
 from jaxtransfer.checkpoint.store import ARRAYS
 from jaxtransfer.parallel import put
@@ -29,7 +28,7 @@ def metadata(path: str | Path) -> dict[str, Any]:
       DamagedError: it is no whole checkpoint, or this part of it is not what was written.
     """
     verify(path, only=META)
-    return json.loads((Path(path) / META).read_bytes())
+    return unpacked((Path(path) / META).read_bytes())
 
 
 def restore(
@@ -79,7 +78,8 @@ def restore(
     others = {name: _stored(saved[name]) for name in saved if name.startswith("frozen/") and name not in asked}
     others = {name.removeprefix("frozen/"): leaf for name, leaf in others.items()}
     places = places_of(*pair, others, mesh, sharding)
-    values = _read(path / ARRAYS, leaves, plan, {name: saved[name] for name in written}, places)
+    few = {name for name in written if meta["leaves"][name]["small"]}
+    values = _read(path / ARRAYS, leaves, plan, {name: saved[name] for name in written}, few, places)
     restored, kept = jax.tree.unflatten(treedef, [values[name] for name in leaves])
     return restored, kept["frozen"], meta["extra"]
 
@@ -133,6 +133,7 @@ def _read(
     leaves: Mapping[str, Any],
     plan: Plan,
     written: Mapping[str, Spec],
+    few: Collection[str],
     places: Mapping[str, Sharding | None],
 ) -> dict[str, Any]:
     """Every leaf's value: read straight to the devices that it goes to, or to the host where it goes to none of them.
@@ -142,7 +143,8 @@ def _read(
     stored = {name: _stored(spec) for name, spec in written.items()}
     landing = _landing(plan, written, places)
     wanted = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=landing[n]) for n, x in stored.items() if x.size}
-    found = arrays.read(folder, wanted) | {name: np.zeros(x.shape, x.dtype) for name, x in stored.items() if not x.size}
+    empty = {name: np.zeros(x.shape, x.dtype) for name, x in stored.items() if not x.size}
+    found = arrays.read(folder, wanted, few) | empty
 
     def row(name: str, i: int, source: Row | None) -> Any:
         value, index = (leaves[name], i) if source is None else (found[source[0]], source[1])

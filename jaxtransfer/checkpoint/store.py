@@ -13,7 +13,7 @@ import jax
 
 from jaxtransfer.checkpoint import arrays
 from jaxtransfer.checkpoint.leaves import Spec, is_key, named
-from jaxtransfer.checkpoint.manifest import META, CheckpointError, Draft
+from jaxtransfer.checkpoint.manifest import META, CheckpointError, Draft, packed
 from jaxtransfer.parallel import distributed
 from jaxtransfer.tree import fingerprint, layers_of
 from jaxtransfer.types import Lineage, State
@@ -75,8 +75,12 @@ def snapshot(state: State, frozen: Any, lineage: Lineage, extra: Mapping[str, An
     specs = {name: Spec.of(name, leaf) for name, leaf in leaves.items()}
     _check_global(leaves)
     kept = unchanged(frozen, lineage)
+    written = {name: leaf for name, leaf in leaves.items() if name not in kept and specs[name].size}
+    written = {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in written.items()}
+    few = arrays.small(written)
+    how = {name: {"written": name not in kept, "small": name in few} for name in specs}
     meta = {
-        "leaves": {n: {**dataclasses.asdict(spec), "written": n not in kept} for n, spec in specs.items()},
+        "leaves": {name: {**dataclasses.asdict(spec), **how[name]} for name, spec in specs.items()},
         "lineage": {field.name: getattr(lineage, field.name) for field in dataclasses.fields(lineage)},
         "extra": dict(extra or {}),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "numpy", "orbax-checkpoint")},
@@ -85,8 +89,7 @@ def snapshot(state: State, frozen: Any, lineage: Lineage, extra: Mapping[str, An
         meta = json.loads(json.dumps(meta, default=_plain))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"extra cannot be written as JSON: {error}") from None
-    written = {name: leaf for name, leaf in leaves.items() if name not in kept and specs[name].size}
-    return Snapshot({n: jax.random.key_data(x) if is_key(x) else x for n, x in written.items()}, meta)
+    return Snapshot(written, meta)
 
 
 def _check_global(leaves: Mapping[str, Any]) -> None:
@@ -147,7 +150,7 @@ def begin(path: Path, snap: Snapshot) -> Callable[[], None]:
             with distributed.together(f"write {path}", error=CheckpointError):
                 wait()
                 if distributed.is_first():
-                    (draft.folder / META).write_text(json.dumps(snap.meta, sort_keys=True))
+                    (draft.folder / META).write_bytes(packed(snap.meta))
             draft.publish()
 
     return finish

@@ -123,9 +123,9 @@ def test_each_file_harmed_is_found_before_it_is_read(original, tmp_path, harm, m
 
 def test_swapped_files_of_two_steps_are_found(tmp_path):
     one, two = (checkpoint.save(tmp_path / str(i), tiny(i), {}, LINEAGE, extra={"at": i}) for i in (1, 2))
-    (one / "meta.json").rename(tmp_path / "held")
-    (two / "meta.json").rename(one / "meta.json")
-    (tmp_path / "held").rename(two / "meta.json")
+    (one / "meta.json.gz").rename(tmp_path / "held")
+    (two / "meta.json.gz").rename(one / "meta.json.gz")
+    (tmp_path / "held").rename(two / "meta.json.gz")
     for path in (one, two):
         with pytest.raises(DamagedError, match=r"meta\.json"):
             checkpoint.verify(path)
@@ -168,9 +168,12 @@ def test_discovery_takes_only_what_is_whole(original, tmp_path):
 def test_a_newer_format_is_neither_damage_nor_read(original, copy, monkeypatch):
     import zlib
 
-    body = (copy / "manifest.json").read_bytes().split(b"\n")[0].replace(b'"version": 1', b'"version": 2')
+    body = (copy / "manifest.json").read_bytes().split(b"\n")[0].replace(b'"version": 2', b'"version": 3')
     (copy / "manifest.json").write_bytes(body + b"\n%08x\n" % zlib.crc32(body))
-    with pytest.raises(CheckpointError, match="version 2 is unknown here; update jaxtransfer") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match="version 3 is unknown here, which is 2; use the jaxtransfer that",
+    ) as caught:
         checkpoint.restore(copy, like=tiny())
     assert not isinstance(caught.value, DamagedError)
 

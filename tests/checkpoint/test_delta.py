@@ -29,8 +29,10 @@ def based(seed=0):
 
 
 def adapted(method, base):
+    """The base under adapters."""
     base = quantize(base, [(KERNELS, "nf4")]) if method == "qlora" else base
-    return attach(base, [(KERNELS, adapters.lora(16))], jax.random.key(0))
+    make = adapters.ia3() if method == "ia3" else adapters.lora(16)
+    return attach(base, [(KERNELS, make)], jax.random.key(0))
 
 
 def started(source, key=2):
@@ -94,6 +96,15 @@ def test_another_source_is_refused_by_its_digest_and_by_its_bits(saved):
         checkpoint.restore(path, like=(fresh, still), lineage=other.lineage)
     with pytest.raises(CheckpointError, match=r"@base.*not bit-identical to its source"):
         checkpoint.restore(path, like=(fresh, still))
+
+
+def test_of_the_smallest_adapters_too_little_else_is_written(tmp_path):
+    """(IA)3 on a model of some hundred leaves: 65 kB train or follow what trains."""
+    source = adapted("ia3", based())
+    state, frozen = started(source)
+    path = checkpoint.save(tmp_path / "3", trained(state), frozen, source.lineage)
+    needed = size((state.params, state.opt_state))
+    assert needed < 70_000 and sum(file.stat().st_size for file in files(path)) - needed < 6_000
 
 
 def test_the_same_source_packed_otherwise_or_not_is_refused(saved):

@@ -126,7 +126,7 @@ def test_what_is_no_checkpoint_makes_way(tmp_path, marked):
         for step in (1, 2):
             saver.save(step, tiny(step), {})
         saver.wait()
-        for name in ("manifest.json", *(() if marked else ("meta.json",))):
+        for name in ("manifest.json", *(() if marked else ("meta.json.gz",))):
             (tmp_path / "2" / name).unlink()
         (tmp_path / "3").mkdir()
         (tmp_path / "4").symlink_to("nowhere")
@@ -251,7 +251,7 @@ def test_every_file_and_folder_is_on_the_disk_before_the_name_is(tmp_path, monke
     path = checkpoint.save(tmp_path / "1", tiny(1), {}, LINEAGE)
     at = events.index(("rename", path))
     flushed = [str(event[1]).split(".tmp-")[-1].split("/", 1)[-1] for event in events[:at]]
-    for file in [*files(path / "arrays"), path / "meta.json"]:
+    for file in [*files(path / "arrays"), path / "meta.json.gz"]:
         assert str(file.relative_to(path)) in flushed
         assert str(file.relative_to(path).parent) in flushed or file.parent == path
     assert flushed[-2].startswith(".manifest.json") and ("fsync", tmp_path) in events[at:]

@@ -140,9 +140,9 @@ def test_a_layout_is_put_together_where_it_goes(written, devices):
     asked = {}
     real = checkpoint.reading.arrays.read
 
-    def read(folder, wanted):
+    def read(folder, wanted, together):
         asked.update(wanted)
-        return real(folder, wanted)
+        return real(folder, wanted, together)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.reading.arrays, "read", read)

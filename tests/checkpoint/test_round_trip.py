@@ -1,6 +1,8 @@
 """What was saved comes back, bit for bit: on any mesh, in any layout."""
 
 import dataclasses
+import gzip
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxtransfer import checkpoint, optim, tree
+from jaxtransfer.checkpoint import arrays
 from jaxtransfer.types import Lineage, State
 from tests.checkpoint.states import (
     CUT,
@@ -27,6 +30,13 @@ from tests.checkpoint.states import (
 EXTRA = {"loader": {"position": 7}, "metrics": [0.25, None], "digest": "é"}
 
 
+@pytest.fixture(params=[0, 32, 1 << 16], ids=["apart", "some", "together"])
+def small(request, monkeypatch):
+    """Up to how many bytes arrays are written as one; most here have less than 64 kB."""
+    monkeypatch.setattr(arrays, "_SMALL", request.param)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("runs", [WHOLE, CUT, None], ids=["whole", "cut", "unstacked"])
 @pytest.mark.parametrize("into", [WHOLE, CUT, None], ids=["whole", "cut", "unstacked"])
 def test_any_layout_restores_into_any(tmp_path, runs, into):
@@ -38,6 +48,7 @@ def test_any_layout_restores_into_any(tmp_path, runs, into):
     assert extra == EXTRA
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("into", [WHOLE, CUT, None], ids=["whole", "cut", "unstacked"])
 def test_between_one_device_and_eight(tmp_path, devices, into):
     mesh = mesh_of(devices)
@@ -79,6 +90,7 @@ def test_abstract_with_sharding_goes_there(tmp_path, devices):
     assert all(leaf.sharding.device_set == {devices[3]} for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.usefixtures("small")
 def test_every_dtype_key_and_numpy_leaf_comes_back(tmp_path):
     patterns = np.arange(2**16, dtype=np.uint16)
     params = {
@@ -100,6 +112,22 @@ def test_every_dtype_key_and_numpy_leaf_comes_back(tmp_path):
         assert_same(found, state)
     assert type(found.params["host"]) is np.ndarray
     assert str(jax.random.key_impl(found.params["keys"])) == "rbg"
+
+
+def test_small_arrays_are_written_as_one(tmp_path, devices):
+    many = {f"layer/{i}": jnp.full((i + 1,), i, jnp.bfloat16) for i in range(50)}
+    wide = jnp.ones((1 << 14) + 1)  # four bytes too many
+    split = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh_of(devices), PartitionSpec("fsdp", "tensor")))
+    whole = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh_of(devices), PartitionSpec()))
+    assert arrays.small(many | {"wide": wide, "split": split, "whole": whole}) == {*many, "whole"}
+    arrays.write_async(tmp_path / "many", many)()
+    arrays.write_async(tmp_path / "one", {"all": jnp.zeros(51 * 25, jnp.bfloat16)})()
+    one, of_many = (sum(file.stat().st_size for file in files(tmp_path / name)) for name in ("one", "many"))
+    assert abs(of_many - one) < 50  # as many bytes as there are numbers, whatever their names
+    asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in many.items()}
+    found = arrays.read(tmp_path / "many", asked, set(many))
+    assert_same(found, many)
+    assert all(array.flags.writeable and array.flags.aligned for array in found.values())
 
 
 def test_only_what_differs_from_the_source_is_written(tmp_path):
@@ -138,13 +166,15 @@ def test_meta_says_what_a_reader_needs(tmp_path):
     state, frozen, lineage = make(CUT)
     meta = checkpoint.metadata(checkpoint.save(tmp_path / "3", state, frozen, lineage, extra=EXTRA))
     kernel = meta["leaves"]["params/blocks/0:2/kernel"]
-    assert kernel == {"shape": [2, 8, 4], "dtype": "float32", "key": None, "written": True}
+    assert kernel == {"shape": [2, 8, 4], "dtype": "float32", "key": None, "written": True, "small": True}
     assert meta["leaves"]["frozen/embed/embedding"]["written"] is False
     assert meta["leaves"]["key"]["key"] == "threefry2x32"
     assert meta["lineage"]["digest"] == lineage.digest and meta["lineage"]["operations"] == ["made by hand"]
     assert meta["versions"]["jax"] == jax.__version__
-    (tmp_path / "3" / "meta.json").write_bytes((tmp_path / "3" / "meta.json").read_bytes().replace(b"true", b"True"))
-    with pytest.raises(checkpoint.DamagedError, match=r"meta\.json: damaged"):
+    file = tmp_path / "3" / "meta.json.gz"
+    assert json.loads(gzip.decompress(file.read_bytes())) == meta
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(checkpoint.DamagedError, match=r"meta\.json\.gz: damaged"):
         checkpoint.metadata(tmp_path / "3")
 
 
