@@ -11,9 +11,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtransfer.config import Config, ConfigError, MeshConfig
 from jaxtransfer.models.attention import Attend
 from jaxtransfer.parallel import make_mesh, spelled, splash
+from jaxtransfer.parallel.families import has_attention
 from jaxtransfer.parallel.mesh import AXES
 from jaxtransfer.plan import Topology
-from jaxtransfer.tree.paths import Params, flatten
+from jaxtransfer.tree.paths import Params
 from jaxtransfer.types import Model
 
 
@@ -130,7 +131,7 @@ def attention_of(config: Config, model: Model, params: Params, mesh: Mesh | None
         raise ConfigError(
             f"run.attention: splash is a kernel of TPUs, and these devices are {kind}s; take xla", "run.attention"
         )
-    if model.family == "foreign" or not any("/attention/" in path for path in flatten(params)):
+    if model.family == "foreign" or not has_attention(params):
         raise ConfigError(
             f"run.attention: splash has nothing to do for a {model.family} model, which has no attention of this "
             "library; take xla",

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtransfer.models import resnet
-from jaxtransfer.models.api import stages_of
 from jaxtransfer.models.bert import export_architecture
 from jaxtransfer.models.layers import pixels
 from jaxtransfer.models.names import NameTable
 from jaxtransfer.models.registry import ConfigFieldError, Family, read_fields, with_head
+from jaxtransfer.models.stages import stages_of
 from jaxtransfer.types import Carry, Head, Model
 
 ARCHITECTURES: Mapping[str, str | None] = {

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxtransfer.models.api import stages_of
 from jaxtransfer.models.bert import export_architecture
 from jaxtransfer.models.causal import empty_cache
 from jaxtransfer.models.encoder import mean_pool
@@ -22,6 +21,7 @@ from jaxtransfer.models.projection import PROJECTION, Projection
 from jaxtransfer.models.registry import MUST, ConfigFieldError, read_fields, with_head
 from jaxtransfer.models.rope import Rope
 from jaxtransfer.models.slots import PROMPTED, with_prompt
+from jaxtransfer.models.stages import stages_of
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.rules import Rule
 from jaxtransfer.types import Carry, Head, Model, Stage

@@ -14,11 +14,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxtransfer.models import slots
-from jaxtransfer.models.api import stages_of
 from jaxtransfer.models.attention import attention
 from jaxtransfer.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split
 from jaxtransfer.models.projection import PROJECTION, Projection
 from jaxtransfer.models.registry import ConfigFieldError
+from jaxtransfer.models.stages import stages_of
 from jaxtransfer.tree import weights
 from jaxtransfer.types import Carry, Head, Model, Stage
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from jaxtransfer.models.api import stages_of
 from jaxtransfer.models.encoder import mean_pool
 from jaxtransfer.models.foreign_parts import (
     ForeignError,
@@ -21,6 +20,7 @@ from jaxtransfer.models.foreign_parts import (
     parameters_of,
 )
 from jaxtransfer.models.layers import Linear
+from jaxtransfer.models.stages import stages_of
 from jaxtransfer.tree.diff import diff
 from jaxtransfer.tree.fingerprint import digest, fingerprint
 from jaxtransfer.tree.paths import Params, flatten, unflatten

@@ -92,7 +92,7 @@ class LayerNorm(nnx.Module):
             y = centred * jax.lax.rsqrt(var + self.eps)
             return (y * _row(scale, y) + _row(bias, y)).astype(x.dtype)
 
-        return lean(normalised)(x, _value(self.scale), _value(self.bias))
+        return lean(normalised)(x, value_of(self.scale), value_of(self.bias))
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -100,7 +100,8 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def _value(variable: Any) -> jax.Array:
+def value_of(variable: Any) -> jax.Array:
+    """The array of a parameter that is no product's, whatever leaf stands there."""
     return weights.materialize(variable.get_value())
 
 
@@ -189,7 +190,7 @@ class RMSNorm(nnx.Module):
             y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
             return (y * (_row(scale, y) + self.offset)).astype(x.dtype)
 
-        return lean(normalised)(x, _value(self.scale))
+        return lean(normalised)(x, value_of(self.scale))
 
 
 class Conv(nnx.Module):
@@ -236,7 +237,8 @@ class BatchNorm(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         wide = x.astype(at_least_float32(x.dtype))
         if key is None or isinstance(self.mean.get_value(), weights.Fixed):
-            return self._affine(wide - _row(_value(self.mean), wide), _row(_value(self.var), wide)).astype(x.dtype), {}
+            centre, spread = (_row(value_of(running), wide) for running in (self.mean, self.var))
+            return self._affine(wide - centre, spread).astype(x.dtype), {}
         if x.size // x.shape[-1] < 2:
             raise ValueError(f"batch statistics need more than one value a channel; the input is {x.shape}")
         rows = jnp.ones(len(x)) if weight is None else weight != 0
@@ -257,8 +259,8 @@ class BatchNorm(nnx.Module):
         return self._affine(centred, var).astype(x.dtype), new
 
     def _affine(self, centred: jax.Array, var: jax.Array) -> jax.Array:
-        scale = jax.lax.rsqrt(var + self.eps) * _row(_value(self.scale), centred)
-        return centred * scale + _row(_value(self.bias), centred)
+        scale = jax.lax.rsqrt(var + self.eps) * _row(value_of(self.scale), centred)
+        return centred * scale + _row(value_of(self.bias), centred)
 
     def _moved(self, running: Any, batch: jax.Array, n: jax.Array) -> jax.Array:
         old = running.get_value()

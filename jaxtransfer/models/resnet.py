@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtransfer.models.api import STATS, stages_of
+from jaxtransfer.models.api import STATS
 from jaxtransfer.models.bert import export_architecture
 from jaxtransfer.models.layers import ACTIVATIONS, BatchNorm, Conv, Linear, pixels, split
 from jaxtransfer.models.names import Drop, Entry, NameTable, conv, linear, norm
 from jaxtransfer.models.registry import ConfigFieldError, Family, read_fields, with_head
+from jaxtransfer.models.stages import stages_of
 from jaxtransfer.types import Carry, Head, Model, Stage
 
 OUTPUTS = {"hidden": "last_hidden_state", "pooler_output": "pooler_output", "logits": "logits"}

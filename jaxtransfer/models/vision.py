@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtransfer.models import slots
 from jaxtransfer.models.attention import attention
 from jaxtransfer.models.interpolation import resize_grid
-from jaxtransfer.models.layers import ACTIVATIONS, LayerNorm, Linear, dropout, gated, pixels, split
+from jaxtransfer.models.layers import ACTIVATIONS, LayerNorm, Linear, dropout, gated, pixels, split, value_of
 from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.tree import weights
 from jaxtransfer.tree.rules import Rule
@@ -141,10 +141,10 @@ class Embed(nnx.Module):
         if "bool_masked_pos" in carry:
             if self.mask is None:
                 raise ValueError("bool_masked_pos: the model has no mask token")
-            x = jnp.where(carry["bool_masked_pos"].astype(bool)[..., None], _value(self.mask, x), x)
+            x = jnp.where(carry["bool_masked_pos"].astype(bool)[..., None], _vector(self.mask, x), x)
         tokens = (token for token in (self.cls, self.distillation) if token is not None)
-        special = [jnp.broadcast_to(_value(token, x), (len(x), 1, x.shape[-1])) for token in tokens]
-        position = weights.materialize(self.position.get_value())
+        special = [jnp.broadcast_to(_vector(token, x), (len(x), 1, x.shape[-1])) for token in tokens]
+        position = value_of(self.position)
         if grid != self.c.grid:
             position = resize_grid(position, self.v.tokens, self.c.grid, grid)
         x = jnp.concatenate([*special, x], axis=1) + position.astype(x.dtype)
@@ -165,9 +165,9 @@ class Embed(nnx.Module):
         return height // down, width // across
 
 
-def _value(variable: Any, like: jax.Array) -> jax.Array:
+def _vector(variable: Any, like: jax.Array) -> jax.Array:
     """A vector's parameter in the dtype of the activations, to be broadcast over rows and positions."""
-    return weights.materialize(variable.get_value()).astype(like.dtype).reshape(1, 1, -1)
+    return value_of(variable).astype(like.dtype).reshape(1, 1, -1)
 
 
 class Attention(nnx.Module):
@@ -190,7 +190,7 @@ class Attention(nnx.Module):
         c = self.c
         y = attention(q, k, v, everywhere, heads=c.num_attention_heads, rate=c.attention_probs_dropout_prob, key=ka)
         y = self.output(y, ko)
-        return y if self.scale is None else y * _value(self.scale, y)
+        return y if self.scale is None else y * _vector(self.scale, y)
 
 
 class MLP(nnx.Module):
@@ -213,7 +213,7 @@ class MLP(nnx.Module):
         else:
             y = ACTIVATIONS[self.c.hidden_act](y)
         y = self.down(y, kd)
-        return y if self.scale is None else y * _value(self.scale, y)
+        return y if self.scale is None else y * _vector(self.scale, y)
 
 
 class Block(nnx.Module):

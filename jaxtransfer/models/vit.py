@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from jaxtransfer.models.api import stages_of
 from jaxtransfer.models.bert import export_architecture
 from jaxtransfer.models.names import Drop, Entry, NameTable, conv, linear, norm
 from jaxtransfer.models.registry import ConfigFieldError, Family, read_fields, with_head
+from jaxtransfer.models.stages import stages_of
 from jaxtransfer.models.vision import (
     CLASSIFIER,
     DISTILLED,

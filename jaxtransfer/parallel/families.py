@@ -40,9 +40,14 @@ def sharding_rules(mesh: Any, model: Model, params: Params) -> Rules:
     return rules
 
 
+def has_attention(params: Params) -> bool:
+    """Whether some layer attends, by the names of this library's own."""
+    return any("/attention/" in path for path in flatten(params))
+
+
 def check_sequence(mesh: Any, model: Model, params: Params) -> None:
     """Raises :class:`ShardingError` where tokens would be split of a model that has no attention to gather them."""
-    if (cut := parts(mesh, SEQUENCE)) > 1 and not any("/attention/" in path for path in flatten(params)):
+    if (cut := parts(mesh, SEQUENCE)) > 1 and not has_attention(params):
         raise ShardingError(
             f"mesh: sequence = {cut}, but a {model.family} model has no attention, whose keys and values that axis "
             "gathers; use data and fsdp"
