@@ -265,7 +265,7 @@ def table(record, args):
             print(f"| {name} | {method} | " + " | ".join(cells) + f" | {seeds} |")
 
 
-STYLE = """text { fill: #6a6f77; font: 11.5px system-ui, sans-serif } .grid { stroke: #e5e5e0 }
+STYLE = """svg { background: #fff } text { fill: #6a6f77; font: 11.5px system-ui, sans-serif } .grid { stroke: #e5e5e0 }
 polyline { fill: none; stroke-width: 1.5 } .title { fill: #1d2024; font-weight: 600 }
 polyline.SetFit { stroke: #2a5fc4 } circle.SetFit, text.SetFit { fill: #2a5fc4 }
 polyline.logistic { stroke: #b8681c } circle.logistic, text.logistic { fill: #b8681c }

@@ -128,8 +128,8 @@ def accuracies(held, params):
 
 
 STYLE = (
-    "text{font:11px sans-serif;fill:#444}line{stroke:#ddd}circle{fill:#2a6fb0}circle.ends{fill:#b0452a}"
-    "polyline{fill:none;stroke:#b0452a;stroke-dasharray:3 3}"
+    "svg{background:#fff}text{font:11px sans-serif;fill:#444}line{stroke:#ddd}circle{fill:#2a6fb0}"
+    "circle.ends{fill:#b0452a}polyline{fill:none;stroke:#b0452a;stroke-dasharray:3 3}"
 )
 
 
@@ -151,7 +151,7 @@ def drawn(found):
     for name, (reviews, tweets) in means.items():
         ends = {"class_": "ends"} if name in path else {}
         parts.append(tag("circle", cx=x(tweets), cy=y(reviews), r=3.5, **ends))
-        left = name in ("A-GEM", "replay 0.3", *path) and name != "WiSE-FT 0.5"  # where the right is taken
+        left = name in ("A-GEM", "replay 0.3", "before", "WiSE-FT 0.75", "none")  # where the right is taken
         parts.append(text(name, x(tweets) + (-7 if left else 7), y(reviews) + 4, "end" if left else "start"))
     found = svg(join(parts), 372, "Accuracy on the first domain over accuracy on the second, by method")
     return found.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)

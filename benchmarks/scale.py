@@ -42,7 +42,7 @@ SLICES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 CONFIG = Path(__file__).resolve().parent.parent / "configs/pods/llama-3-8b-full-v5p.yaml"
 SOURCE = CONFIG.parent.parent / "models/llama-3-8b.json"
 MOST = 64  # of the fsdp axis
-STYLE = """text { fill: #6a6f77; font: 11.5px system-ui, sans-serif } .grid { stroke: #e5e5e0 }
+STYLE = """svg { background: #fff } text { fill: #6a6f77; font: 11.5px system-ui, sans-serif } .grid { stroke: #e5e5e0 }
 polyline { fill: none; stroke-width: 1.5 } .held { stroke: #2a5fc4; fill: #2a5fc4 } .sent { stroke: #b8681c }
 circle.sent, text.sent { fill: #b8681c } polyline.held, polyline.sent { fill: none }
 text.held, text.sent { stroke: none; font-weight: 600 }"""
