@@ -11,7 +11,23 @@ Quantization = Literal["nf4", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
+class _LowRank:
+    method: str
+    targets: str | None = None
+    name: str = "default"
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rank")
+        check(self.alpha is None or self.alpha > 0, "alpha", "positive or null", self.alpha)
+        check(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig(_LowRank):
     """``W + s a b`` (arXiv:2106.09685).
 
     Attributes:
@@ -24,31 +40,13 @@ class LoRAConfig:
     """
 
     method: Literal["lora"]
-    targets: str | None = None
-    name: str = "default"
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-
-    def __post_init__(self) -> None:
-        _check_low_rank(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DoRAConfig:
+class DoRAConfig(_LowRank):
     """``m V / |V|`` with ``V = W + s a b`` (arXiv:2402.09353); fields as of LoRA."""
 
     method: Literal["dora"]
-    targets: str | None = None
-    name: str = "default"
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-
-    def __post_init__(self) -> None:
-        _check_low_rank(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,9 +159,3 @@ def check_trained(train: str, adapters: Iterable[Any], *, may_wait: bool) -> Non
         raise ConfigError(
             f"train: lora_plus gives the b of lora and dora a rate of its own, got {', '.join(methods)}", "train"
         )
-
-
-def _check_low_rank(record: LoRAConfig | DoRAConfig) -> None:
-    at_least(record, 1, "rank")
-    check(record.alpha is None or record.alpha > 0, "alpha", "positive or null", record.alpha)
-    check(0 <= record.dropout < 1, "dropout", "in [0, 1)", record.dropout)
