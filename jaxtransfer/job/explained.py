@@ -1,7 +1,6 @@
 """What a run would train, in tables: the groups, which adapter sits where, what is packed."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxtransfer.adapt.quantized import packed
 from jaxtransfer.job import caching
 from jaxtransfer.job.adapting import Put, puts
 from jaxtransfer.job.prepare import Job
-from jaxtransfer.tree.paths import flatten, natural
+from jaxtransfer.tree.paths import around_layer, flatten, folded, natural
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,41 +74,25 @@ def _places(put: Put, labels: Mapping[str, str]) -> list[PlaceRow]:
 
 def _grouped(items: Iterable[tuple[str, str, list[Any]]]) -> list[PlaceRow]:
     """Rows of what is alike but for its layer."""
-    found: dict[tuple[str, str], list[tuple[int | None, list[Any]]]] = {}
+    found: dict[tuple[str, str, str], tuple[list[str], list[Any]]] = {}
     for what, path, nodes in items:
-        layer = re.search(r"(?<![^/])\d+(?![^/])", path)
-        place = path if layer is None else f"{path[: layer.start()]}{{}}{path[layer.end() :]}"
-        found.setdefault((what, place), []).append((None if layer is None else int(layer[0]), nodes))
+        before, _, behind = around_layer(path)
+        paths, every = found.setdefault((what, before, behind), ([], []))
+        paths.append(path)
+        every += nodes
     rows = []
-    for (what, place), members in sorted(found.items(), key=lambda item: (item[0][0], natural(item[0][1]))):
-        every = [node for _, nodes in members for node in nodes]
+    for (what, *_), (paths, every) in sorted(found.items(), key=lambda item: (item[0][0], natural(item[1][0][0]))):
         leaves = [leaf for node in every for leaf in _parts(node)]
         rows.append(
             PlaceRow(
                 what=what,
-                where=place.format(runs(number for number, _ in members if number is not None)),
+                where=folded(paths)[0],
                 leaves=len(leaves),
                 parameters=sum(map(_size, every)),
                 bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
             )
         )
     return rows
-
-
-def runs(numbers: Iterable[int]) -> str:
-    """Numbers, those that follow one another as a range.
-
-    Example:
-      >>> runs([0, 1, 2, 5, 7, 8])
-      '0-2,5,7-8'
-    """
-    out: list[list[int]] = []
-    for number in sorted(numbers):
-        if out and number == out[-1][1] + 1:
-            out[-1][1] = number
-        else:
-            out.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in out)
 
 
 def _size(node: Any) -> int:

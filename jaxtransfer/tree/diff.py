@@ -1,11 +1,12 @@
 """Two-sided diffs: what is missing, what is extra, what has another shape or dtype. Strictness is built on them."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from jaxtransfer.tree.paths import flatten
+from jaxtransfer.tree.paths import flatten, folded
 
 
 class TreeError(ValueError):
@@ -25,16 +26,24 @@ class Diff:
         return bool(self.missing or self.extra or self.shapes or self.dtypes)
 
     def __str__(self) -> str:
-        lines = [f"missing: {path}" for path in self.missing]
-        lines += [f"extra: {path}" for path in self.extra]
-        lines += [f"shape of {path}: expected {want}, found {have}" for path, want, have in self.shapes]
-        lines += [f"dtype of {path}: expected {want}, found {have}" for path, want, have in self.dtypes]
+        """All of it, what is alike in several layers once: ``missing: blocks/0-11/mlp/up/bias``."""
+        lines = [f"missing: {path}" for path in folded(self.missing)]
+        lines += [f"extra: {path}" for path in folded(self.extra)]
+        lines += _unlike("shape", self.shapes) + _unlike("dtype", self.dtypes)
         return "; ".join(lines) or "no difference"
 
     def check(self, what: str) -> None:
         """Raises :class:`TreeError` naming ``what`` if there is any disagreement."""
         if self:
             raise TreeError(f"{what}: {self}")
+
+
+def _unlike(what: str, found: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    pairs: dict[tuple[Any, Any], list[str]] = {}
+    for path, want, have in found:
+        pairs.setdefault((want, have), []).append(path)
+    told = ((path, want, have) for (want, have), paths in pairs.items() for path in folded(paths))
+    return [f"{what} of {path}: expected {want}, found {have}" for path, want, have in told]
 
 
 def diff(expected: Any, found: Any, *, dtypes: bool = True) -> Diff:

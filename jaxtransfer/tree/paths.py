@@ -88,6 +88,49 @@ def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callab
     )
 
 
+_LAYER = re.compile(r"(?<![^/])\d+(?![^/])")
+
+
+def around_layer(path: str) -> tuple[str, int | None, str]:
+    """What stands before the number of a path's layer, that number, and what stands behind it; None where it has none.
+
+    Example:
+      >>> around_layer("blocks/3/mlp/up/kernel")
+      ('blocks/', 3, '/mlp/up/kernel')
+    """
+    found = _LAYER.search(path)
+    return (path, None, "") if found is None else (path[: found.start()], int(found[0]), path[found.end() :])
+
+
+def folded(paths: Iterable[str]) -> list[str]:
+    """The same paths in fewer words: those that are alike but for the number of their layer are one.
+
+    Example:
+      >>> folded(["embed/kernel", "blocks/0/kernel", "blocks/0/bias", "blocks/1/kernel", "blocks/3/kernel"])
+      ['embed/kernel', 'blocks/0-1,3/kernel', 'blocks/0/bias']
+    """
+    alike: dict[tuple[str, str], list[int]] = {}
+    for before, layer, behind in map(around_layer, paths):
+        alike.setdefault((before, behind), []).extend([] if layer is None else [layer])
+    return [f"{before}{ranges(layers)}{behind}" for (before, behind), layers in alike.items()]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in order, those that follow one another as a range.
+
+    Example:
+      >>> ranges([0, 1, 2, 5, 7, 8])
+      '0-2,5,7-8'
+    """
+    out: list[list[int]] = []
+    for number in sorted(numbers):
+        if out and number == out[-1][1] + 1:
+            out[-1][1] = number
+        else:
+            out.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in out)
+
+
 def natural(path: str) -> tuple[tuple[bool, int, str], ...]:
     """A sort key that orders numbers by value: ``blocks/2`` before ``blocks/10``."""
     parts = re.split(r"(\d+)", path)

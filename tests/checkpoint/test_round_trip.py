@@ -30,13 +30,13 @@ from tests.checkpoint.states import (
 EXTRA = {"loader": {"position": 7}, "metrics": [0.25, None], "digest": "é"}
 
 
-@pytest.fixture(params=[0, 32, 1 << 16], ids=["apart", "some", "together"])
-def small(request, monkeypatch):
-    """Up to how many bytes arrays are written as one; most here have less than 64 kB."""
-    monkeypatch.setattr(arrays, "_SMALL", request.param)
+@pytest.fixture
+def mixed(monkeypatch):
+    """Some arrays written as one and others not: all have less than 64 kB here."""
+    monkeypatch.setattr(arrays, "_SMALL", 32)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("mixed")
 @pytest.mark.parametrize("runs", [WHOLE, CUT, None], ids=["whole", "cut", "unstacked"])
 @pytest.mark.parametrize("into", [WHOLE, CUT, None], ids=["whole", "cut", "unstacked"])
 def test_any_layout_restores_into_any(tmp_path, runs, into):
@@ -48,7 +48,7 @@ def test_any_layout_restores_into_any(tmp_path, runs, into):
     assert extra == EXTRA
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("mixed")
 @pytest.mark.parametrize("into", [WHOLE, CUT, None], ids=["whole", "cut", "unstacked"])
 def test_between_one_device_and_eight(tmp_path, devices, into):
     mesh = mesh_of(devices)
@@ -90,8 +90,9 @@ def test_abstract_with_sharding_goes_there(tmp_path, devices):
     assert all(leaf.sharding.device_set == {devices[3]} for leaf in jax.tree.leaves(found))
 
 
-@pytest.mark.usefixtures("small")
-def test_every_dtype_key_and_numpy_leaf_comes_back(tmp_path):
+@pytest.mark.parametrize("small", [0, 1 << 18], ids=["apart", "together"])
+def test_every_dtype_key_and_numpy_leaf_comes_back(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(arrays, "_SMALL", small)
     patterns = np.arange(2**16, dtype=np.uint16)
     params = {
         "bf16": jax.lax.bitcast_convert_type(jnp.asarray(patterns), jnp.bfloat16),  # every NaN payload

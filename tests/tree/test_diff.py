@@ -23,6 +23,16 @@ def test_every_disagreement_is_listed():
     assert str(error.value) == f"restore: {text}"
 
 
+def test_what_is_alike_in_several_layers_is_said_once():
+    expected = {"blocks": {str(i): {"w": np.zeros((2, 3), "float32"), "b": np.zeros(3)} for i in range(12)}}
+    found = {"blocks": {str(i): {"w": np.zeros((2, 4 if i < 7 else 5), "float32")} for i in range(12) if i != 2}}
+    assert str(diff(expected, found)) == (
+        "missing: blocks/0-11/b; missing: blocks/2/w; shape of blocks/0-1,3-6/w: expected (2, 3), found (2, 4); "
+        "shape of blocks/7-11/w: expected (2, 3), found (2, 5)"
+    )
+    assert len(diff(expected, found).missing) == 13
+
+
 def test_dtypes_may_be_left_out():
     a, b = {"a": jnp.zeros(2)}, {"a": jnp.zeros(2, jnp.bfloat16)}
     assert diff(a, b).dtypes == (("a", "float32", "bfloat16"),)
