@@ -113,8 +113,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = json.loads(body)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path}: version {manifest.get('version')} is unknown here, which is {VERSION}; use the jaxtransfer that "
-            "wrote it, or a later one"
+            f"{path}: version {manifest.get('version')}, but {VERSION} is read here; use the jaxtransfer that wrote it"
         )
     present = dict(_files(folder))
     for name, entry in manifest["files"].items():

@@ -172,7 +172,7 @@ def test_a_newer_format_is_neither_damage_nor_read(original, copy, monkeypatch):
     (copy / "manifest.json").write_bytes(body + b"\n%08x\n" % zlib.crc32(body))
     with pytest.raises(
         CheckpointError,
-        match="version 3 is unknown here, which is 2; use the jaxtransfer that",
+        match="version 3, but 2 is read here; use the jaxtransfer that wrote it",
     ) as caught:
         checkpoint.restore(copy, like=tiny())
     assert not isinstance(caught.value, DamagedError)
