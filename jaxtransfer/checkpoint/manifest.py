@@ -26,7 +26,7 @@ from jaxtransfer.parallel import distributed
 from jaxtransfer.source.writer import fsync
 
 MANIFEST = "manifest.json"
-META = "meta.json.gz"  # names and fingerprints, hundreds of them: a sixth of its size so
+META = "meta.json.gz"  # names and fingerprints, hundreds of them: a seventh of its size so
 FORMAT, VERSION = "jaxtransfer-checkpoint", 2
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"\..+\.(tmp|trash)-[0-9a-f]{12}")

@@ -24,9 +24,10 @@ _ROOM = 1.2  # free disk asked for, as a multiple of the arrays' bytes
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What one checkpoint will hold: the arrays that Orbax writes, by name, and the JSON beside them."""
+    """What one checkpoint will hold: the arrays by name, which of them are written as one, and the JSON beside them."""
 
     arrays: dict[str, Any]
+    small: set[str]
     meta: dict[str, Any]
 
     @property
@@ -77,8 +78,8 @@ def snapshot(state: State, frozen: Any, lineage: Lineage, extra: Mapping[str, An
     kept = unchanged(frozen, lineage)
     written = {name: leaf for name, leaf in leaves.items() if name not in kept and specs[name].size}
     written = {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in written.items()}
-    few = arrays.small(written)
-    how = {name: {"written": name not in kept, "small": name in few} for name in specs}
+    small = arrays.small(written)
+    how = {name: {"written": name not in kept, "small": name in small} for name in specs}
     meta = {
         "leaves": {name: {**dataclasses.asdict(spec), **how[name]} for name, spec in specs.items()},
         "lineage": {field.name: getattr(lineage, field.name) for field in dataclasses.fields(lineage)},
@@ -89,7 +90,7 @@ def snapshot(state: State, frozen: Any, lineage: Lineage, extra: Mapping[str, An
         meta = json.loads(json.dumps(meta, default=_plain))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"extra cannot be written as JSON: {error}") from None
-    return Snapshot(written, meta)
+    return Snapshot(written, small, meta)
 
 
 def _check_global(leaves: Mapping[str, Any]) -> None:
@@ -143,7 +144,7 @@ def begin(path: Path, snap: Snapshot) -> Callable[[], None]:
     """
     draft = Draft(path, lambda: check_room(path, snap))
     with _abandoning(draft), distributed.together(f"begin {path}", error=CheckpointError):
-        wait = arrays.write_async(draft.folder / ARRAYS, snap.arrays)
+        wait = arrays.write_async(draft.folder / ARRAYS, snap.arrays, snap.small)
 
     def finish() -> None:
         with _abandoning(draft):

@@ -121,8 +121,8 @@ def test_small_arrays_are_written_as_one(tmp_path, devices):
     split = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh_of(devices), PartitionSpec("fsdp", "tensor")))
     whole = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh_of(devices), PartitionSpec()))
     assert arrays.small(many | {"wide": wide, "split": split, "whole": whole}) == {*many, "whole"}
-    arrays.write_async(tmp_path / "many", many)()
-    arrays.write_async(tmp_path / "one", {"all": jnp.zeros(51 * 25, jnp.bfloat16)})()
+    arrays.write_async(tmp_path / "many", many, set(many))()
+    arrays.write_async(tmp_path / "one", {"all": jnp.zeros(51 * 25, jnp.bfloat16)}, {"all"})()
     one, of_many = (sum(file.stat().st_size for file in files(tmp_path / name)) for name in ("one", "many"))
     assert abs(of_many - one) < 50  # as many bytes as there are numbers, whatever their names
     asked = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in many.items()}
