@@ -166,5 +166,7 @@ def _abandoning(draft: Draft) -> Iterator[None]:
         draft.abandon()
         if not isinstance(error, Exception):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).replace(f"{draft.folder}/", "").split()) or type(error).__name__
+        if len(reason) > 400:  # what the system said stands last, behind every file it happened to
+            reason = f"{reason[:150]} ... {reason[-250:]}"
         raise CheckpointError(f"{draft.path}: was not saved ({reason}); earlier checkpoints are untouched") from error
