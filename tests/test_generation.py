@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxtransfer.adapt.subtrees import prompt_tuning
 from jaxtransfer.generation import GenerationError, generate, left_pad, loop, pieces, prompts, stream, stream_text
 from jaxtransfer.generation.sampling import Sampling, draw, warp
 from jaxtransfer.models import apply, layout_of
 from jaxtransfer.parallel import make_mesh, place
 from jaxtransfer.tree import stack
-from jaxtransfer.types import Head
+from jaxtransfer.types import Head, Lineage, Source
 from tests.models import decoder_zoo
 from tests.models.zoo import tiny as tiny_bert
 
@@ -60,6 +61,21 @@ def test_a_row_does_not_depend_on_its_batch_or_its_padding():
     for row, prompt in enumerate(PROMPTS):
         alone = generate(*tiny(), [prompt], max_new_tokens=NEW)
         np.testing.assert_array_equal(alone[0], greedy()[row])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text"])
+def test_a_soft_prompt_stays_within_windows_however_rows_are_padded(name):
+    model, params = decoder_zoo.tiny(name)
+    prompted = prompt_tuning(Source(model, params, Lineage("memory", "")), jax.random.key(3), length=3)
+    ids = np.array([[5, 6, 7, 8]], np.int32)
+    padded = {"input_ids": np.pad(ids, ((0, 0), (6, 0))), "attention_mask": np.array([[0] * 6 + [1] * 4], np.int32)}
+    padded["position_ids"] = np.maximum(np.cumsum(padded["attention_mask"], axis=1) - 1, 0)
+    bare, left = (np.asarray(apply(model, prompted.params, batch)["logits"]) for batch in ({"input_ids": ids}, padded))
+    np.testing.assert_allclose(left[:, 6:], bare, atol=1e-5 * np.abs(bare).max())
+    new = generate(model, prompted.params, *left_pad([[5, 6, 7, 8]], 0), max_new_tokens=3)[0]
+    for token in new:  # a bucket's padding stands before these tokens; without a cache there is none
+        assert int(np.asarray(apply(model, prompted.params, {"input_ids": ids})["logits"])[0, -1].argmax()) == token
+        ids = np.append(ids, [[token]], axis=1).astype(np.int32)
 
 
 def test_laid_out_and_sharded_parameters_give_the_same_tokens(devices):

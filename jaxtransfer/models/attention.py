@@ -28,12 +28,15 @@ class Span:
       causal: whether only those at or before their own place.
       window: of those only so many, a scalar that may be traced: ``near``, or more, which is all.
       near: the only limit there is.
+      prompted: whether a soft prompt stands before the tokens, maybe with padding between, and the window counts tokens
+        and no slots.
     """
 
     segments: jax.Array
     causal: bool = False
     window: jax.Array | None = None
     near: int = 0
+    prompted: bool = False
 
 
 Attend = Callable[..., jax.Array]

@@ -35,10 +35,10 @@ def context(carry: Carry, limit: int, *, windows: bool) -> tuple[jax.Array, Carr
       windows: whether any layer's attention is limited.
 
     Returns:
-      Positions (B, T), and entries of the carry: ``mask`` (B, T, S), ``distance`` (T, S) in slots where a layer's
-      attention is limited, ``cache`` where there is one, with the new slots counted and marked, else ``segments``
-      (B, T), within which the mask is causal. A prompt that stands before the tokens here counts in T; its slots come
-      on top of those the cache was made with.
+      Positions (B, T), and entries of the carry: ``mask`` (B, T, S), ``distance`` where a layer's attention is
+      limited, (T, S) in slots, or behind a prompt (B, T, S) in tokens; ``cache`` where there is one, with the new slots
+      counted and marked, else ``segments`` (B, T), within which the mask is causal. A prompt that stands before the
+      tokens here counts in T; its slots come on top of those the cache was made with.
 
     Raises:
       ValueError: the input is longer than the model or the cache, or its masks do not fit it.
@@ -76,6 +76,10 @@ def context(carry: Carry, limit: int, *, windows: bool) -> tuple[jax.Array, Carr
         mask &= (segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None]
     if cache is None:
         entries["segments"] = (valid if segments is None else segments).astype(jnp.int32)
+    if windows and (lead or "prompt" in (cache or ())):  # between a prompt and its tokens there may be padding
+        nth = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+        own = jax.lax.dynamic_slice_in_dim(nth, start, count, axis=1)
+        distance = own[:, :, None] - nth[:, None]
     entries |= {"mask": mask} | ({"distance": distance} if windows else {})
     if "position_ids" not in carry:
         return jnp.broadcast_to(queries[None], (len(ids), count)), entries
@@ -102,7 +106,10 @@ def checked(hidden: jax.Array, entries: Carry) -> jax.Array:
 def attended(carry: Carry) -> jax.Array:
     """The mask of one layer, (B, T, S): its own window over the mask of all."""
     mask = carry["mask"]
-    return mask & (carry["distance"] < carry["window"])[None] if "window" in carry else mask
+    if "window" not in carry:
+        return mask
+    near = carry["distance"] < carry["window"]
+    return mask & (near if near.ndim == 3 else near[None])
 
 
 def span(carry: Carry, near: int | None = None) -> Span | None:
@@ -114,7 +121,8 @@ def span(carry: Carry, near: int | None = None) -> Span | None:
     """
     if "segments" not in carry:
         return None
-    return Span(carry["segments"], causal=True, window=carry.get("window"), near=near or 0)
+    prompted = "distance" in carry and carry["distance"].ndim == 3
+    return Span(carry["segments"], causal=True, window=carry.get("window"), near=near or 0, prompted=prompted)
 
 
 def remember(carry: Carry, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Carry]:

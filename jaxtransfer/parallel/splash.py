@@ -41,6 +41,11 @@ def splash(mesh: Mesh | None = None, *, interpret: bool = False) -> Attend:
                 f"attention: splash takes keys and queries of the same tokens, not {k.shape[1]} keys for {q.shape[1]} "
                 "queries (a prefix?); set run.attention: xla"
             )
+        if span.prompted and span.window is not None:
+            raise ValueError(
+                f"attention: splash counts a window of {span.near} in slots, and behind a prompt there may be padding; "
+                "set run.attention: xla"
+            )
         count = q.shape[1]
         cut, tensor = (1 if mesh is None else parts(mesh, axis) for axis in (SEQUENCE, "tensor"))
         if heads % tensor or kv_heads % tensor:

@@ -16,6 +16,7 @@ from jaxtransfer.objectives import language_model
 from jaxtransfer.optim import Group
 from jaxtransfer.parallel import ShardingError, fsdp, make_mesh, splash
 from jaxtransfer.step import shard_batch
+from jaxtransfer.types import Lineage, Source
 from tests import language, tiny
 from tests.models import decoder_zoo
 
@@ -131,6 +132,15 @@ def test_a_prompt_stands_before_the_tokens(source):
     np.testing.assert_allclose(
         np.where(real, found, 0), np.where(real, wanted, 0), atol=1e-5 * float(np.abs(wanted).max())
     )
+
+
+def test_a_prompt_before_limited_layers_is_refused():
+    model, params = decoder_zoo.tiny("mistral")
+    prompted = prompt_tuning(Source(model, params, Lineage("memory", "")), jax.random.key(0), length=3)
+    with pytest.raises(
+        ValueError, match=r"splash counts a window of \d+ in slots, and behind a prompt there may be pad"
+    ):
+        apply(prompted.model, prompted.params, {"input_ids": np.ones((1, 8), np.int32)}, attend=splash(interpret=True))
 
 
 def packed(rows=8, tokens=32):
