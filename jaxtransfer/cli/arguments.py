@@ -150,6 +150,7 @@ def _add_predict(command: Any) -> None:
     inputs.add_argument("--file", metavar="PATH", help="UTF-8, a text on each line")
     inputs.add_argument("--image", nargs="+", metavar="PATH", help="files of images")
     inputs.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="a text on each line of the input")
+    predict.add_argument("--context", metavar="TEXT", help="of runs of question-answering, where texts are questions")
     going = predict.add_argument_group("of runs of causal-lm, which go on with the text")
     going.add_argument("--max-new-tokens", type=int, metavar="N", help="by default 128")
     going.add_argument("--temperature", type=float, metavar="T", help="by default 0, the likeliest token each time")

@@ -72,6 +72,8 @@ def predict(options: Namespace) -> None:
     if (options.image is not None) != (task == "image-classification"):
         given, wanted = ("--image", "--text, --file or -") if options.image is not None else ("texts", "--image")
         raise UsageError(f"{given}: {folder} is a run of {task}, which takes {wanted}")
+    if options.context is not None and task != "question-answering":
+        raise UsageError(f"--context: is for question-answering, {folder} is a run of {task}")
     inputs = options.image or options.text or _lines(options.file or options.stdin)
     if task == "causal-lm":
         for prompt in inputs:
@@ -79,7 +81,7 @@ def predict(options: Namespace) -> None:
                 print(lines_and_tabs(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             print(flush=True)
         return
-    _tell(job.predict(folder, inputs))
+    _tell(job.predict(folder, inputs, **({} if options.context is None else {"context": options.context})))
 
 
 def zero_shot(options: Namespace) -> None:
@@ -146,7 +148,14 @@ def _job() -> Any:
 def _tell(predictions: Iterable[Mapping[str, Any]]) -> None:
     """Predictions as a table at a terminal, as JSON lines elsewhere, each as it comes."""
     if sys.stdout.isatty():
-        show(list(predictions), _console())
+        found, console = list(predictions), _console()
+        if any(isinstance(value, list) for row in found for value in row.values()):  # each a table of its own
+            for number, prediction in enumerate(found):
+                if number:
+                    console.print()
+                show(prediction, console)
+        else:
+            show(found, console)
         return
     for prediction in predictions:
         print(json.dumps(plain(prediction), ensure_ascii=False), flush=True)

@@ -20,5 +20,7 @@ from jaxtransfer.config.schema import StudyConfig as StudyConfig
 from jaxtransfer.config.tasks import CausalLMConfig as CausalLMConfig
 from jaxtransfer.config.tasks import ImageClassificationConfig as ImageClassificationConfig
 from jaxtransfer.config.tasks import MaskedLMConfig as MaskedLMConfig
+from jaxtransfer.config.tasks import QuestionAnsweringConfig as QuestionAnsweringConfig
 from jaxtransfer.config.tasks import TaskConfig as TaskConfig
 from jaxtransfer.config.tasks import TextClassificationConfig as TextClassificationConfig
+from jaxtransfer.config.tasks import TokenClassificationConfig as TokenClassificationConfig

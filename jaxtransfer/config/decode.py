@@ -93,8 +93,8 @@ def _tagged(records: Sequence[Any], value: Any, path: str) -> Any:
     names = {each: [field.name for field in dataclasses.fields(record)] for each, record in known.items()}
     for key in value:
         if key not in names[kind] and (others := [other for other in known if key in names[other]]):
-            where = f"{path}.{key}"
-            raise ConfigError(f"{where}: is not read by {kind}, but by {' and '.join(others)}", where)
+            where, all_ = f"{path}.{key}", " and ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
+            raise ConfigError(f"{where}: is not read by {kind}, but by {all_}", where)
     return _record(known[kind], value, path)
 
 

@@ -33,6 +33,53 @@ class TextClassificationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenClassificationConfig:
+    """A tag for each word: entities, parts of speech.
+
+    Attributes:
+      labels: the tags in the order of the logits; None sorts those of the training data.
+      max_length: tokens that a row reads; longer sentences are split.
+      label_smoothing: in [0, 1).
+      head: a fresh one, or the source's own, whose labels must be those here.
+    """
+
+    kind: Literal["token-classification"]
+    labels: tuple[str, ...] | None = None
+    max_length: int = 128
+    label_smoothing: float = 0.0
+    head: Literal["fresh", "source"] = "fresh"
+
+    def __post_init__(self) -> None:
+        at_least(self, 3, "max_length")
+        _check_labels(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringConfig:
+    """The part of a text that answers a question.
+
+    Attributes:
+      max_length: tokens that a row reads; longer texts are read in windows.
+      stride: tokens that a window repeats of the one before.
+      max_answer: tokens of an answer.
+      unanswerable: whether a question may have no answer in its text.
+      head: a fresh one, or the source's own.
+    """
+
+    kind: Literal["question-answering"]
+    max_length: int = 384
+    stride: int = 128
+    max_answer: int = 30
+    unanswerable: bool = False
+    head: Literal["fresh", "source"] = "fresh"
+
+    def __post_init__(self) -> None:
+        at_least(self, 3, "max_length")
+        at_least(self, 0, "stride")
+        at_least(self, 1, "max_answer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLMConfig:
     """Every next token of a text, of a completion, or of an assistant's turns; the source keeps its head.
 
@@ -126,12 +173,20 @@ class ImageClassificationConfig:
         _check_labels(self)
 
 
-TaskConfig = TextClassificationConfig | CausalLMConfig | MaskedLMConfig | ImageClassificationConfig
+TaskConfig = (
+    TextClassificationConfig
+    | TokenClassificationConfig
+    | QuestionAnsweringConfig
+    | CausalLMConfig
+    | MaskedLMConfig
+    | ImageClassificationConfig
+)
 
 
 def _check_labels(record: Any) -> None:
-    if record.head == "source" and record.pooling is not None:
-        raise ConfigError(f"pooling: is that of the source's head with head: source, got {record.pooling}", "pooling")
+    pooling = getattr(record, "pooling", None)
+    if record.head == "source" and pooling is not None:
+        raise ConfigError(f"pooling: is that of the source's head with head: source, got {pooling}", "pooling")
     check(0 <= record.label_smoothing < 1, "label_smoothing", "in [0, 1)", record.label_smoothing)
     names = record.labels
     check(names is None or len(set(names)) == len(names) >= 2, "labels", "two or more different names", names)

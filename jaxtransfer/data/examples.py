@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class Examples:
       lazy: further fields, made when their batch is; prefetched by threads.
       pad: the value that a ragged field is padded with, 0 by default.
       notes: what the preparation did to the data, for the log.
+      aside: field -> (N,) objects of what is known of each example, no part of any batch: its words, its answers.
       kept: (N,) the row of the data set that each example comes from; None: one of each, in order.
     """
 
@@ -64,10 +65,11 @@ class Examples:
     lazy: Lazy | None = None
     pad: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    aside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     kept: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: len(rows) for name, rows in {**self.ragged, **self.fixed}.items()}
+        sizes = {name: len(rows) for name, rows in {**self.ragged, **self.fixed, **self.aside}.items()}
         if self.lazy is not None:
             sizes |= dict.fromkeys(self.lazy.padding, len(self.lazy))
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
@@ -97,6 +99,13 @@ class Examples:
         if self.lazy is not None:
             sha.update(self.lazy.digest().encode())
         return sha.hexdigest()
+
+
+def objects(values: Sequence[Any]) -> np.ndarray:
+    """(N,) of dtype object, whatever the values are: `Examples.aside`."""
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
 
 
 def collate(

@@ -84,6 +84,66 @@ def lines(data: bytes, name: str, encoding: str, pattern: str) -> Iterator[Row]:
         yield Row(f"{name}, line", number, found.groupdict())
 
 
+def conll(data: bytes, name: str, encoding: str, delimiter: str | None, wanted: Sequence[str]) -> Iterator[Row]:
+    """Sentences with a blank line between them, a word a line: ``tokens`` its first field, ``tags`` its last.
+
+    Another column is named by its number, 0 for the first. Fields stand between tabs if the file has any, else between
+    spaces. Lines of ``-DOCSTART-`` part documents, and are no sentences.
+    """
+    text = decode(data, name, encoding)
+    delimiter = delimiter or ("\t" if re.search(r"\S\t", text) else " ")
+    sentence: list[list[str]] = []
+    width = 0
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        line = line.removesuffix("\r")
+        fields = [field for field in line.split(delimiter) if field or delimiter != " "] if line.strip() else []
+        if fields and fields[0] != "-DOCSTART-":
+            width = width or len(fields)
+            if len(fields) != width:
+                raise DataError(f"{name}, line {number}: {len(fields)} fields, the first has {width}: {_short(line)}")
+            sentence.append(fields)
+        elif sentence:
+            yield Row(f"{name}, line", number - len(sentence), _sentence(sentence, name, wanted))
+            sentence = []
+
+
+def _sentence(lines: Sequence[Sequence[str]], name: str, wanted: Sequence[str]) -> dict[str, list[str]]:
+    last = len(lines[0]) - 1
+    places = {"tokens": 0, **({"tags": last} if last else {}), **{str(i): i for i in range(last + 1)}}
+    check_columns(name, wanted, places)
+    return {column: [fields[places[column]] for fields in lines] for column in wanted}
+
+
+def squad(data: bytes, name: str, encoding: str, wanted: Sequence[str]) -> Iterator[Row]:
+    """SQuAD's JSON: a row a question, with ``question``, ``context``, ``answers``, ``id`` and ``title``."""
+    try:
+        found = json.loads(decode(data, name, encoding))
+    except (ValueError, RecursionError) as error:
+        raise (
+            error if isinstance(error, DataError) else DataError(f"{name}: is not JSON: {first_line(error)}")
+        ) from None
+    number = 0
+    try:
+        for article in found["data"]:
+            for paragraph in article["paragraphs"]:
+                shared = {"context": paragraph["context"], "title": article.get("title", "")}
+                for asked in paragraph["qas"]:
+                    given = asked["answers"]
+                    held = {"text": [a["text"] for a in given], "answer_start": [a["answer_start"] for a in given]}
+                    values = {
+                        "question": asked["question"],
+                        "id": asked.get("id", str(number)),
+                        "answers": held,
+                        **shared,
+                    }
+                    check_columns(name, wanted, values)
+                    yield Row(f"{name}, question", number, values)
+                    number += 1
+    except (KeyError, TypeError, AttributeError) as error:
+        told = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{name}, question {number}: is not laid out as SQuAD: {told}") from None
+
+
 def parquet(data: bytes, name: str, wanted: Sequence[str]) -> Iterator[Row]:
     """The wanted columns of a Parquet file."""
     import pyarrow as pa

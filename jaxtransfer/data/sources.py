@@ -15,12 +15,13 @@ from typing import Literal
 from jaxtransfer.data import catalogs, corpora, folders, formats, select
 from jaxtransfer.data.dataset import DataError, Dataset, Row, digest_rows, rename
 
-Format = Literal["jsonl", "csv", "tsv", "parquet", "npz"]
+Format = Literal["jsonl", "csv", "tsv", "conll", "squad", "parquet", "npz"]
 _SUFFIXES: Mapping[str, Format] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
     ".tsv": "tsv",
+    ".conll": "conll",
     ".parquet": "parquet",
     ".npz": "npz",
 }
@@ -34,16 +35,17 @@ class DataSpec:
     r"""Which records to read, and how.
 
     Attributes:
-      path: a local file, or a glob pattern of files read in sorted order (.jsonl, .json lines, .csv, .tsv, .parquet,
-        .npz); a folder of class folders of images; ``packaged:reviews/train``, or ``packaged:digits`` (extra ``demo``);
+      path: a local file, or a glob pattern of files read in sorted order (.jsonl, .json lines, .csv, .tsv, .conll,
+        .parquet, .npz); a folder of class folders of images;
+        ``packaged:reviews/train``, or ``packaged:digits`` (extra ``demo``);
         ``python:stdlib`` or ``python:PACKAGE``, the modules of either as texts;
         ``tfds:NAME:SPLIT`` or ``tfds:FOLDER:SPLIT``, a prepared ArrayRecord data set; ``hf:OWNER/NAME[/CONFIG]:SPLIT``
         (extra ``datasets``). Texts of a column ``image`` are paths, relative to the file that they are read from.
       columns: what the task calls a column -> what the file calls it (of an npz, its array), where they differ:
-        ``{"text": "tweet"}``, ``{"image": "train_images", "label": "train_labels"}``.
-      format: of a file whose suffix does not say.
+        ``{"text": "tweet"}``, ``{"image": "train_images", "label": "train_labels"}``; of .conll the number of a field.
+      format: of a file whose suffix does not say; ``squad`` is one JSON object of articles, paragraphs and questions.
       encoding: of text.
-      delimiter: one character instead of the comma of csv or the tab of tsv.
+      delimiter: one character instead of the comma of csv, the tab of tsv, or the tabs or spaces of conll.
       pattern: for plain lines: a regular expression that matches each line, its named groups are the columns:
         ``(?P<label>\S+) (?P<text>.*)``.
       unique: drop rows whose input (the task's first column) occurred before.
@@ -221,8 +223,12 @@ def _parse(spec: DataSpec, name: str, data: bytes, wanted: Mapping[str, str]) ->
     if kind in _DELIMITERS:
         reader = formats.csv_ if kind == "csv" else formats.tsv
         return reader(data, name, spec.encoding, spec.delimiter or _DELIMITERS[kind])
+    if kind == "conll":
+        return formats.conll(data, name, spec.encoding, spec.delimiter, list(wanted.values()))
+    if kind == "squad" and spec.delimiter is None:
+        return formats.squad(data, name, spec.encoding, list(wanted.values()))
     if spec.delimiter is not None:
-        raise DataError(f"{name}: delimiter is for csv and tsv, this file is read as {kind}")
+        raise DataError(f"{name}: delimiter is for csv, tsv and conll, this file is read as {kind}")
     if kind in ("parquet", "npz"):
         return (formats.parquet if kind == "parquet" else formats.npz)(data, name, list(wanted.values()))
     return formats.jsonl(data, name, spec.encoding)

@@ -125,6 +125,34 @@ def encode(texts: Sequence[str], tokenizer: Any, max_length: int) -> Encoded:
     )
 
 
+def windows(texts: Sequence[str], tokenizer: Any, max_length: int, **options: Any) -> Any:
+    """All tokens of each text, in as many windows of at most ``max_length`` as it takes, special tokens in each.
+
+    Args:
+      texts: N texts.
+      tokenizer: from :func:`tokenizer`.
+      max_length: in tokens, the special ones included.
+      options: further ones of transformers' tokenizers, such as ``return_offsets_mapping``.
+
+    Returns:
+      What transformers gives, a row a window: ``input_ids``, and the text that it is of,
+      ``overflow_to_sample_mapping``.
+
+    Raises:
+      DataError: ``max_length`` leaves no room for a token of the text.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise DataError(f"max_length: {max_length} leaves no room beside {special} special tokens")
+    options = {"truncation": True, "return_attention_mask": False, "return_token_type_ids": False, **options}
+    try:
+        return tokenizer(
+            list(texts), max_length=max_length, padding=False, return_overflowing_tokens=True, **options
+        )  # fmt: skip
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()  # the call leaves it set
+
+
 def bucket_lengths(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
     """The smallest bucket that holds each length: (N,) -> (N,).
 

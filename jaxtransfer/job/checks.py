@@ -78,7 +78,7 @@ def check_budgets(config: Config, task: Task, train: Dataset) -> None:
     budgets = config.study.budgets if config.study is not None else None
     if budgets is None:
         return
-    classes = class_numbers(config, task, train)
+    classes = class_numbers(task, train)
     counts = [len(train)] if classes is None else np.bincount(classes, minlength=len(task.head.labels)).tolist()
     where = int(np.argmin(counts))
     if budgets[-1] > counts[where]:
@@ -88,8 +88,8 @@ def check_budgets(config: Config, task: Task, train: Dataset) -> None:
         )
 
 
-def class_numbers(config: Config, task: Task, dataset: Dataset) -> np.ndarray | None:
+def class_numbers(task: Task, dataset: Dataset) -> np.ndarray | None:
     """The class of each row, (N,); None where rows have none, or several."""
-    if not task.head.labels or getattr(config.task, "multi_label", False):
+    if not task.single_label:
         return None
     return dataset.class_ids(task.columns[-1], task.head.labels)

@@ -39,7 +39,7 @@ from jaxtransfer.job.train import SPLITS
 from jaxtransfer.models import apply, layout_of
 from jaxtransfer.source import ExportError
 from jaxtransfer.source import export as export_source
-from jaxtransfer.tasks import LabelSet, Task, collect
+from jaxtransfer.tasks import Task, collect
 from jaxtransfer.tree import stack
 from jaxtransfer.types import Source
 
@@ -71,11 +71,16 @@ def evaluate(folder: Path, *, data: str | None = None) -> dict[str, Any]:
     return {"data": spec.path, **{name: dataclasses.asdict(metric) for name, metric in metrics.items()}}
 
 
-def predict(folder: Path, inputs: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Label and probability of each text, or of each image by its path; labels where an image may have several.
+def predict(folder: Path, inputs: Sequence[str], *, context: str | None = None) -> Iterator[dict[str, Any]]:
+    """What is said of each text, or of each image by its path: a label, several labels, entities, or an answer.
+
+    Args:
+      folder: of a run, finished or stopped.
+      inputs: texts, paths of images, or questions.
+      context: the text in which questions have their answers.
 
     Raises:
-      DataError: a text is empty, an image cannot be read.
+      DataError: a text is empty, an image cannot be read. ValueError: a context that is missing, or is not read.
     """
     config, source = config_of(folder), adapted(folder)
     if isinstance(config.task, ImageClassificationConfig):  # each input has its answer, or an error
@@ -86,14 +91,15 @@ def predict(folder: Path, inputs: Sequence[str]) -> Iterator[dict[str, Any]]:
         told = told if task.name == "causal-lm" else "predicts no labels; it is a source for a task that does"
         raise ValueError(f"{folder}: a {task.name} model {told}")
     column = task.columns[0]
-    values = [Path(given) if column == "image" else given for given in inputs]
-    dataset = from_records([{column: value} for value in values], f"{column}s")
+    named = "image" if column == "image" else "text"
+    if (context is None) == ("context" in task.columns):
+        told = "needs the text that holds the answers, --context" if context is None else "reads no --context"
+        raise ValueError(f"{folder}: a {task.name} model {told}")
+    beside = {} if context is None else {"context": context}
+    dataset = from_records([{column: task.typed(given), **beside} for given in inputs], f"{named}s")
     observed = _observed(source, config, task, task.prepare(task.processor(source), dataset, train=False))
     for given, found in zip(inputs, task.decode(observed), strict=True):
-        if isinstance(found, LabelSet):
-            yield {column: given, "labels": list(found.labels), "probabilities": dict(found.probabilities)}
-        else:
-            yield {column: given, "label": found.label, "probability": found.probability}
+        yield {named: given, **found.record(given)}
 
 
 def complete(
@@ -198,4 +204,4 @@ def _observed(source: Source, config: Config, task: Task, examples: Examples) ->
     precision, observe = jnp.dtype(config.run.precision), observing(task)
     forward = jax.jit(lambda params, batch: observe(apply(source.model, params, batch, dtype=precision), batch))
     loader = batches(examples, batch=config.data.batch, buckets=config.buckets, shuffle=False, epochs=1)
-    return collect(jax.device_get(forward(params, batch)) for batch in loader)
+    return collect((jax.device_get(forward(params, batch)) for batch in loader), examples.aside)

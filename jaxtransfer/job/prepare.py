@@ -151,7 +151,7 @@ class Job:
     def budgeted(self, budget: int, seed: int) -> "Job":
         """The same run with less to train on: the first ``budget`` examples of each class, as ``StudyConfig`` says."""
         data = self.data[TRAIN]
-        rows = some_of(data, checks.class_numbers(self.config, self.task, data), budget, seed)
+        rows = some_of(data, checks.class_numbers(self.task, data), budget, seed)
         return dataclasses.replace(self, training=self.task.prepare(self.processor, rows, train=True))
 
     @functools.cached_property
@@ -311,7 +311,7 @@ def _columns(config: Config, split: str) -> tuple[str, ...]:
     """What is read of a split: of the target, and of what no loss is taken of, no labels."""
     columns = columns_of(config)
     if split == TARGET or (split == TRAIN and config.objective.task == 0):
-        return columns[:1]
+        return columns[: max(1, len(columns) - 1)]
     return columns if split in (RETAIN, *DOMAINS) else (*columns, *config.data.subgroups)
 
 

@@ -77,7 +77,7 @@ def rank(
         raise ConfigError(f"--to: {to} can be no file: it is a folder, or stands in one that is not there", "")
     data, held_out = _data(config)
     task = make_task(config, data)
-    if not task.head.labels or getattr(config.task, "multi_label", False):
+    if not task.single_label:
         raise ConfigError(f"task.kind: {task.name} has no single label an example, which scores need", "task.kind")
     rows: list[dict[str, Any]] = []
     unread: list[dict[str, str]] = []

@@ -67,7 +67,7 @@ def build(job: Job, done: Outcome) -> dict[str, Any]:
         "metrics": measured,
         "subgroups": {
             column: {value: cells(job.task, found) for value, found in values.items()}
-            for column, values in shown.subgroups(job, split, done.found[split]).items()
+            for column, values in shown.parts(job, split, done.found[split]).items()
         },
         **_mistakes(job, split, done.found[split]),
         "study": None if done.study is None else _plain(dataclasses.asdict(done.study)),
@@ -101,8 +101,10 @@ def cells(task: Task, metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
 
 def _mistakes(job: Job, split: str, part: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Where every example has one label: the confusion of classes and what is wrong, and of two classes the ROC."""
-    if not job.task.head.labels or part["labels"].ndim != 1:
+    """What is wrong; where every example has one label also the confusion of classes, and of two classes the ROC."""
+    if job.task.mistakes is not None:
+        return {"wrong": list(job.task.mistakes(part))[: shown.SHOWN]}
+    if not job.task.single_label:
         return {}
     return {
         "confusion": confusion(part["logits"], part["labels"]).tolist(),

@@ -6,7 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtransfer.config import CausalLMConfig, Config, ConfigError, ImageClassificationConfig, MaskedLMConfig
+from jaxtransfer.config import (
+    CausalLMConfig,
+    Config,
+    ConfigError,
+    ImageClassificationConfig,
+    MaskedLMConfig,
+    QuestionAnsweringConfig,
+    TokenClassificationConfig,
+)
 from jaxtransfer.data.examples import Examples, collate
 from jaxtransfer.data.images import Images
 from jaxtransfer.data.packing import pack
@@ -39,6 +47,12 @@ def _texts(how: Any, length: int, one: np.ndarray) -> Examples:
     if isinstance(how, MaskedLMConfig):
         whole = {"mask_token": one, "vocabulary": one, "document": one}
         return Examples(ragged={"input_ids": [tokens], "targets": [tokens]}, fixed=whole)
+    if isinstance(how, TokenClassificationConfig):
+        words = {"input_ids": [tokens], "words": [tokens], "labels": [tokens]}
+        return Examples(ragged=words, fixed={"sentence": one})
+    if isinstance(how, QuestionAnsweringConfig):
+        spans = {name: one for name in ("row", "start_positions", "end_positions")}
+        return Examples(ragged={"input_ids": [tokens], "offsets": [np.zeros((length, 2), np.int32)]}, fixed=spans)
     if not isinstance(how, CausalLMConfig):
         return Examples(ragged={"input_ids": [tokens]}, fixed={"labels": one})
     fields = {"input_ids": [tokens], "labels": [tokens]}

@@ -14,6 +14,13 @@ from jaxtransfer.job.prepare import Job
 SHOWN, SIDE = 20, 96
 
 
+def parts(job: Job, split: str, part: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the task's metrics are made up of, then the subgroups: see `subgroups`."""
+    own = {} if job.task.breakdown is None else job.task.breakdown(part)
+    found = {what: {value: dict(metrics) for value, metrics in values.items()} for what, values in own.items()}
+    return {**found, **subgroups(job, split, part)}
+
+
 def subgroups(job: Job, split: str, part: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, Any]]]:
     """Column -> value -> the run's metrics, of each of the configuration's subgroup columns."""
     names = [name for name in dict.fromkeys(("accuracy", job.metric)) if name in job.task.metric_names]

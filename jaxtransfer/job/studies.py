@@ -44,7 +44,7 @@ def curve(job: Job, out: Path, stop: Stop, screen: events.Screen) -> study.Curve
                 path = out / FOLDER / f"budget-{budget}" / f"{kind}-{seed}.json"
                 found.setdefault(budget, []).append(_fit(less, path, stop, screen, f", {budget} examples"))
     unit = "documents" if job.task.decode is None else "examples"
-    if class_numbers(job.config, job.task, job.data[TRAIN]) is not None:
+    if class_numbers(job.task, job.data[TRAIN]) is not None:
         unit = "labels per class"
     return study.curve(
         job.metric, plan.budgets, *values.values(), lower_is_better=job.metric in job.task.minimize,

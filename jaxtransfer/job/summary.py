@@ -7,17 +7,20 @@ from typing import Any
 
 from jaxtransfer.job.train import SPLITS
 
-_TOLD = ("bits_per_byte", "accuracy", "auc", "sensitivity_at_90", "macro_auc")
+_TOLD = ("f1", "exact_match", "bits_per_byte", "accuracy", "auc", "sensitivity_at_90", "macro_auc")
 _SHARES = {"accuracy", "balanced_accuracy", "exact_match", "sensitivity_at_90"}
 _NAMES = {
     "auc": "AUC",
     "macro_auc": "macro AUC",
+    "f1": "F1",
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
     "sensitivity_at_90": "sensitivity at 90% specificity",
 }
 _NEXT = {
     "text-classification": 'predict {out} --text "a sentence of your own"',
+    "token-classification": 'predict {out} --text "a sentence of your own"',
+    "question-answering": 'predict {out} --text "a question" --context "a text with its answer"',
     "causal-lm": 'predict {out} --text "a beginning of your own"',
     "masked-lm": "run CONFIG --source.ref {model}",
     "image-classification": "predict {out} --image your.png",

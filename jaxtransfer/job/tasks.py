@@ -12,11 +12,22 @@ from jaxtransfer.config import (
     ConfigError,
     ImageClassificationConfig,
     MaskedLMConfig,
+    QuestionAnsweringConfig,
     TextClassificationConfig,
+    TokenClassificationConfig,
 )
+from jaxtransfer.data import tagged
 from jaxtransfer.data.dataset import DataError, Dataset
 from jaxtransfer.data.processor import ImageProcessor
-from jaxtransfer.tasks import Task, causal_lm, image_classification, masked_lm, text_classification
+from jaxtransfer.tasks import (
+    Task,
+    causal_lm,
+    image_classification,
+    masked_lm,
+    question_answering,
+    text_classification,
+    token_classification,
+)
 from jaxtransfer.types import Source
 
 
@@ -36,6 +47,10 @@ def columns_of(config: Config) -> tuple[str, ...]:
         return _causal(task).columns
     if isinstance(task, MaskedLMConfig):
         return ("text",)
+    if isinstance(task, TokenClassificationConfig):
+        return ("tokens", "tags")
+    if isinstance(task, QuestionAnsweringConfig):
+        return ("question", "context", "answers")
     return ("text" if isinstance(task, TextClassificationConfig) else "image", "label")
 
 
@@ -59,10 +74,20 @@ def make_task(config: Config, train: Dataset | None, labels: Sequence[str] = ())
             return masked_lm(
                 max_length=task.max_length, mask_rate=task.mask_rate, fresh_head=task.head == "fresh"
             )  # fmt: skip
+        if isinstance(task, QuestionAnsweringConfig):
+            return question_answering(
+                max_length=task.max_length, stride=task.stride, max_answer=task.max_answer,
+                unanswerable=task.unanswerable, fresh_head=task.head == "fresh",
+            )  # fmt: skip
         classes = tuple(labels) or task.labels or _classes(config, train)
         if isinstance(task, TextClassificationConfig):
             return text_classification(
                 classes, max_length=task.max_length, label_smoothing=task.label_smoothing, pooling=task.pooling,
+                fresh_head=task.head == "fresh",
+            )  # fmt: skip
+        if isinstance(task, TokenClassificationConfig):
+            return token_classification(
+                classes, max_length=task.max_length, label_smoothing=task.label_smoothing,
                 fresh_head=task.head == "fresh",
             )  # fmt: skip
         return _images(task, classes, train)
@@ -96,7 +121,12 @@ def _images(task: ImageClassificationConfig, classes: Sequence[str], train: Data
 
 def _classes(config: Config, train: Dataset | None) -> tuple[str, ...]:
     several = isinstance(config.task, ImageClassificationConfig) and config.task.multi_label
-    found = () if train is None else train.classes("label", multi_label=several)
+    if train is None:
+        found = ()
+    elif isinstance(config.task, TokenClassificationConfig):
+        found = tagged.names(train)
+    else:
+        found = train.classes("label", multi_label=several)
     if len(found) < 2:
         path = config.data.train.path
         raise DataError(f"{path}: has the one label {', '.join(found)}; a classifier needs two or more")

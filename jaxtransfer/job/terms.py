@@ -143,11 +143,10 @@ def terms_of(config: Config, task: Task, trunk: Source, model: Model, params: Pa
                 f"{where}: {entry.method} holds to the source's own predictions, but its head is drawn anew; "
                 "task.head: source goes on with it", where,
             )  # fmt: skip
-        if isinstance(entry, _OF_ONE_CLASS) and getattr(config.task, "multi_label", False):
-            raise ConfigError(
-                f"{where}: {entry.method} takes each example to be of one class; task.multi_label says that it may be "
-                "of several", where,
-            )  # fmt: skip
+        if isinstance(entry, _OF_ONE_CLASS) and not task.single_label:
+            several = "task.multi_label says that it may be of several"
+            told = several if getattr(config.task, "multi_label", False) else f"{task.name} gives it none"
+            raise ConfigError(f"{where}: {entry.method} takes each example to be of one class; {told}", where)
     shapes = None
     if found:
         batch = batch_of(config, task, trunk)

@@ -28,7 +28,7 @@ def predictions(job: Job, state: State, frozen: Params, split: str, check: Calla
     for batch in job.loader(split):
         check()
         parts.append(jax.device_get(job.evaluate(state, frozen, shard_batch(batch, job.mesh))))
-    return collect(parts)
+    return collect(parts, job.examples[split].aside)
 
 
 def selection(job: Job) -> Selection:

@@ -17,6 +17,7 @@ from jaxtransfer.objectives.losses import binary_cross_entropy as binary_cross_e
 from jaxtransfer.objectives.losses import cross_entropy as cross_entropy
 from jaxtransfer.objectives.mixup import mixup as mixup
 from jaxtransfer.objectives.seen import boundary as boundary
+from jaxtransfer.objectives.spans import span_cross_entropy as span_cross_entropy
 from jaxtransfer.objectives.sums import Term as Term
 from jaxtransfer.objectives.sums import aux_of as aux_of
 from jaxtransfer.objectives.sums import captures as captures

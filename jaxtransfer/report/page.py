@@ -31,6 +31,10 @@ GENERATIVE = {"causal-lm", "masked-lm"}
 """Tasks whose answers are neither right nor wrong."""
 
 
+STRUCTURED = {"token-classification", "question-answering"}
+"""Tasks whose answers are no one class each, so that no matrix tells them."""
+
+
 class RecordError(ValueError):
     """A record with an entry that no section reads."""
 
@@ -52,10 +56,10 @@ def render(record: Record) -> str:
         ``metrics``: split -> metric -> cell, a cell being ``{"value", "low", "high", "n"}`` and, where it is known,
         ``"over"``: what n counts;
         ``roc``: ``{"fpr", "tpr"}``, drawn beside the metrics;
-        ``subgroups``: a column of the data -> its value -> metric -> cell;
+        ``subgroups``: a column of the data, or what answers are made up of, -> its value -> metric -> cell;
         ``confusion``: counts, a row for each true class, in the order of ``labels``;
         ``wrong``: ``{"label", "predicted", "probability"}`` of examples, with ``"text"`` or with ``"image"``, the data
-        URI of a PNG; a generative task without these two has no such sections;
+        URI of a PNG; a generative task without these two has no such sections, one of many tags no confusion;
         ``lineage``: a ``types.Lineage`` as a dictionary, without fingerprints;
         ``run``: ``{"steps", "epochs", "seconds", "device", "versions", "out", "export", ...}``;
         ``config``: YAML.
@@ -94,4 +98,6 @@ def _left_out(record: Record) -> set[str]:
     if record.get("task") in GENERATIVE:
         kinds = (("confusion", "Confusion"), ("wrong", "What it got wrong"))
         out |= {name for key, name in kinds if not record.get(key)}
+    elif record.get("task") in STRUCTURED and not record.get("confusion"):
+        out.add("Confusion")
     return out

@@ -23,7 +23,10 @@ from jaxtransfer.report.numerals import (
 Record = Mapping[str, Any]
 NAMES = {"transfer": "transfer", "scratch": "from scratch"}
 BEFORE = "before training"
-LEADING = ("bits_per_byte", "perplexity", "auc", "sensitivity_at_90", "accuracy", "macro_auc", "mean_average_precision")
+LEADING = (
+    "bits_per_byte", "perplexity", "auc", "sensitivity_at_90", "f1", "exact_match", "accuracy", "macro_auc",
+    "mean_average_precision",
+)  # fmt: skip
 MAX_CURVES, MAX_COLUMNS = 3, 4
 
 

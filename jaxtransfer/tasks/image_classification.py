@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxtransfer.data import images
@@ -94,6 +95,8 @@ def image_classification(
         metric="macro_auc" if multi_label else "accuracy",
         decode=lambda observed: decode(observed["logits"], labels),
         fresh_head=fresh_head,
+        single_label=not multi_label,
+        typed=Path,
     )
 
 

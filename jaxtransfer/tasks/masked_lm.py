@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtransfer.data.dataset import DataError, Dataset
 from jaxtransfer.data.loader import Examples
-from jaxtransfer.data.text import tokenizer
+from jaxtransfer.data.text import tokenizer, windows
 from jaxtransfer.models.projection import PROJECTION, Projection
 from jaxtransfer.objectives.language import language_model, losses_and_hits
 from jaxtransfer.objectives.losses import IGNORE, Objective
@@ -140,16 +140,7 @@ def _masking(source: Source) -> Any:
 
 def _pieces(dataset: Dataset, processor: Any, size: int) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
     """``input_ids`` and ``targets`` of each piece, and the record that it is of."""
-    special = processor.num_special_tokens_to_add()
-    if size <= special:
-        raise DataError(f"max_length: {size} leaves no room beside {special} special tokens")
-    options = {"padding": False, "return_attention_mask": False, "return_token_type_ids": False}
-    try:
-        out = processor(
-            dataset.strings("text"), truncation=True, max_length=size, return_overflowing_tokens=True, **options
-        )
-    finally:
-        processor.backend_tokenizer.no_truncation()  # the call leaves it set
+    out = windows(dataset.strings("text"), processor, size)
     ids = [np.array(row, np.int32) for row in out["input_ids"]]
     never = np.array(processor.all_special_ids)
     targets = [np.where(np.isin(row, never), np.int32(IGNORE), row) for row in ids]

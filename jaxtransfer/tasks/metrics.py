@@ -34,7 +34,7 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, Metric]:
     counts, losses = confusion(logits, labels), -_log_softmax(logits)[np.arange(len(labels)), labels]
     return {
         "accuracy": wilson(int(np.trace(counts)), len(labels)),
-        "macro_f1": _of_counts(counts, lambda hits, truths, guesses: _macro_f1(hits, truths + guesses)),
+        "macro_f1": _of_counts(counts, lambda hits, truths, guesses: macro_f1(hits, truths + guesses)),
         "loss": bootstrap_mean(losses),
     }
 
@@ -86,7 +86,7 @@ def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, Metric]:
     table = np.concatenate([truths & guesses, truths, guesses], axis=1).astype(np.float64)
     sums = np.concatenate([table.sum(0)[None], resample(n, lambda rng, rows: weights(rng, rows, n) @ table)])
     hits, both = sums[:, :classes], sums[:, classes : 2 * classes] + sums[:, 2 * classes :]
-    f1 = {"macro_f1": _macro_f1(hits, both), "micro_f1": _macro_f1(hits.sum(-1)[:, None], both.sum(-1)[:, None])}
+    f1 = {"macro_f1": macro_f1(hits, both), "micro_f1": macro_f1(hits.sum(-1)[:, None], both.sum(-1)[:, None])}
     return {
         "macro_auc": ranking.auc(logits, truths),
         "mean_average_precision": ranking.average_precision(logits, truths),
@@ -118,12 +118,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return np.exp(_log_softmax(np.asarray(logits, np.float64)))
 
 
-def collect(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def collect(
+    parts: Iterable[Mapping[str, np.ndarray]], aside: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of many batches as one, in the order of the examples and without padding rows.
 
     Args:
       parts: of each batch, and of each process, arrays with one row per example; ``index`` is among them, -1 on
         padding rows.
+      aside: what is known of every example besides, in order.
 
     Raises:
       ValueError: an example that occurs twice or not at all.
@@ -142,7 +145,12 @@ def collect(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
             f"collect: every example must occur once; twice: {np.flatnonzero(counts > 1)[:6].tolist()}, "
             f"missing: {np.flatnonzero(counts == 0)[:6].tolist()}"
         )
-    return out
+    return {**out, **(aside or {})}
+
+
+def macro_f1(hits: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """``mean_c 2 TP_c / (labels_c + predictions_c)`` over the classes that occur: (..., C), (..., C) -> (...)."""
+    return (2 * hits / np.maximum(both, 1)).sum(-1) / np.maximum((both > 0).sum(-1), 1)
 
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,11 +177,6 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _log_sigmoid(logits: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         return -np.logaddexp(0, -logits)
-
-
-def _macro_f1(hits: np.ndarray, both: np.ndarray) -> np.ndarray:
-    """``mean_c 2 TP_c / (labels_c + predictions_c)`` over the classes that occur: (..., C), (..., C) -> (...)."""
-    return (2 * hits / np.maximum(both, 1)).sum(-1) / np.maximum((both > 0).sum(-1), 1)
 
 
 def _mean_recall(hits: np.ndarray, truths: np.ndarray) -> np.ndarray:

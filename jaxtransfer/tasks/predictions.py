@@ -1,10 +1,12 @@
-"""What a classifier says of an example."""
+"""What a classifier says of an example; ``record`` is that in JSON, of the input as it was given."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from jaxtransfer.data.tagged import split_words
 from jaxtransfer.tasks.metrics import softmax
 
 
@@ -16,6 +18,10 @@ class Prediction:
     probability: float
     probabilities: Mapping[str, float]
 
+    def record(self, given: str) -> dict[str, Any]:
+        """The label and its probability."""
+        return {"label": self.label, "probability": self.probability}
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelSet:
@@ -23,6 +29,56 @@ class LabelSet:
 
     labels: tuple[str, ...]
     probabilities: Mapping[str, float]
+
+    def record(self, given: str) -> dict[str, Any]:
+        """The labels, and the probabilities of all."""
+        return {"labels": list(self.labels), "probabilities": dict(self.probabilities)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Characters ``[start, stop)`` of a context, and its probability; an empty text where there is no answer."""
+
+    text: str
+    start: int
+    stop: int
+    probability: float
+
+    def record(self, given: str) -> dict[str, Any]:
+        """The answer and where it stands."""
+        return {"answer": self.text, "start": self.start, "stop": self.stop, "probability": self.probability}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entity:
+    """Words ``[start, stop)`` of one type; the probability is that of its least sure tag."""
+
+    label: str
+    start: int
+    stop: int
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tagged:
+    """The likeliest tag of each word, its probability, and the entities that tags mark: None where they mark none."""
+
+    tags: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    entities: tuple[Entity, ...] | None
+
+    def record(self, given: str) -> dict[str, Any]:
+        """Entities or tags, each with its characters ``[start, stop)`` in the text, that `split_words` splits."""
+        spans = split_words(given)
+        if self.entities is not None:
+            found = [(e.label, spans[e.start][0], spans[e.stop - 1][1], e.probability) for e in self.entities]
+        else:
+            found = [(tag, *span, p) for tag, span, p in zip(self.tags, spans, self.probabilities, strict=True)]
+        rows = [
+            {"label": label, "text": given[start:stop], "start": start, "stop": stop, "probability": p}
+            for label, start, stop, p in found
+        ]
+        return {"tags" if self.entities is None else "entities": rows}
 
 
 def likeliest(logits: np.ndarray, labels: Sequence[str]) -> list[Prediction]:

@@ -43,7 +43,12 @@ class Task:
       metric_names: the metrics that it gives, by one of which a run is chosen.
       minimize: the metrics of which less is better.
       metric: the metric that a run is chosen by where the configuration names none.
-      decode: ``decode(observed) -> predictions``, one for each example; None where they are generated.
+      decode: ``decode(observed) -> predictions``, one for each input; None where they are generated.
+      breakdown: ``breakdown(observed) -> {what: {value: {name: Metric}}}``, such as by type; None where there is none.
+      mistakes: ``mistakes(observed) -> [{"text", "label", "predicted", "probability"}]``, the most confident first,
+        where it is not the one label of an example that can be wrong.
+      single_label: whether each example has one of the head's labels.
+      typed: from an input as it is typed to a value of the first column.
     """
 
     name: str
@@ -59,6 +64,10 @@ class Task:
     metric: str = "accuracy"
     minimize: frozenset[str] = frozenset({"loss"})
     fresh_head: bool = True
+    breakdown: Callable[[Observed], Mapping[str, Mapping[str, Mapping[str, Metric]]]] | None = None
+    mistakes: Callable[[Observed], Sequence[Mapping[str, Any]]] | None = None
+    single_label: bool = False
+    typed: Callable[[str], Any] = str
     augment: Callable[[Mapping[str, Any], jax.Array], Mapping[str, Any]] | None = None
 
 

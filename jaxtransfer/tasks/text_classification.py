@@ -62,4 +62,5 @@ def text_classification(
         metrics=lambda observed: classification(observed["logits"], observed["labels"]),
         decode=lambda observed: likeliest(observed["logits"], labels),
         fresh_head=fresh_head,
+        single_label=True,
     )

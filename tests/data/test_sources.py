@@ -240,7 +240,7 @@ BAD = {
         "a.jsonl",
         "{}",
         {"delimiter": ";"},
-        "delimiter is for csv and tsv, this file is read as jsonl",
+        "delimiter is for csv, tsv and conll, this file is read as jsonl",
     ),
     "unknown column": ("a.csv", "text,label\nx,y\n", {"columns": {"txt": "x"}}, "'txt' is no column of this task"),
 }

@@ -20,6 +20,8 @@ from jaxtransfer.models.registry import ConfigFieldError
 from jaxtransfer.run import Interrupted
 from jaxtransfer.source import ExportError, load
 from jaxtransfer.tree import RuleError, flatten
+from tests.job.test_question_answering import asked
+from tests.job.test_token_classification import sentences
 from tests.job.world import Gallery, Library, World, console, during, lines, texts, write_texts
 
 SCHEMA = [
@@ -121,6 +123,11 @@ def test_every_field_of_the_configuration_is_read(ran, world, monkeypatch, tmp_p
         {"adapt": last, "optimizer": sgd}, {"adapt": adapt, "data__train": part}, {"task": hidden}, {"phases": before},
     ):  # fmt: skip
         prepare.prepare(world.config(world.root / "x", **changes), print)
+    rows = {"token-classification": sentences(4, 0), "question-answering": asked(4, 0)}
+    for task, found in rows.items():
+        data = {"train": {"path": write_texts(world.root / f"{task}.jsonl", found)}, "batch": 2, "buckets": [16]}
+        how = {"kind": task, "max_length": 16, **({"stride": 2} if task == "question-answering" else {})}
+        prepare.prepare(world.config(world.root / "x", data=data, task=how), print)
     library, gallery = (kind(tmp_path_factory.mktemp("other")) for kind in (Library, Gallery))
     prepare.prepare(library.config(world.root / "x"), print)
     crop = {"crop_scale": [0.5, 1.0], "crop_ratio": [0.5, 2.0]}

@@ -168,7 +168,7 @@ def test_terms_of_one_prediction_a_row_are_refused_where_there_are_more(tmp_path
         return library.config(library.root / "none", data=data, objective={"terms": list(terms)})
 
     for term, names in (("lwf", {}), ("ewc", {"replay": 1}), ("entropy", {"target": 1})):
-        with pytest.raises(ConfigError, match=rf"terms\[0\]: {term}: terms of predictions read logits \(B, C\)"):
+        with pytest.raises(ConfigError, match=rf"terms\[0\]: {term} takes each example to be of one class; causal-lm"):
             prepare.prepare(config({"method": term}, **names), lambda text: None)
     job = prepare.prepare(config({"method": "coral"}, target=1), lambda text: None)
     batch = next(job.stream(0))
