@@ -28,8 +28,7 @@ class Span:
       causal: whether only those at or before their own place.
       window: of those only so many, a scalar that may be traced: ``near``, or more, which is all.
       near: the only limit there is.
-      prompted: whether a soft prompt stands before the tokens, maybe with padding between, and the window counts tokens
-        and no slots.
+      prompted: whether a soft prompt stands before the tokens, maybe with padding between that no window counts.
     """
 
     segments: jax.Array

@@ -36,7 +36,7 @@ def context(carry: Carry, limit: int, *, windows: bool) -> tuple[jax.Array, Carr
 
     Returns:
       Positions (B, T), and entries of the carry: ``mask`` (B, T, S), ``distance`` where a layer's attention is
-      limited, (T, S) in slots, or behind a prompt (B, T, S) in tokens; ``cache`` where there is one, with the new slots
+      limited, in slots, (T, S), or behind a prompt (B, T, S); ``cache`` where there is one, with the new slots
       counted and marked, else ``segments`` (B, T), within which the mask is causal. A prompt that stands before the
       tokens here counts in T; its slots come on top of those the cache was made with.
 
@@ -76,16 +76,22 @@ def context(carry: Carry, limit: int, *, windows: bool) -> tuple[jax.Array, Carr
         mask &= (segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None]
     if cache is None:
         entries["segments"] = (valid if segments is None else segments).astype(jnp.int32)
-    if windows and (lead or "prompt" in (cache or ())):  # between a prompt and its tokens there may be padding
-        nth = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-        own = jax.lax.dynamic_slice_in_dim(nth, start, count, axis=1)
-        distance = own[:, :, None] - nth[:, None]
+    if windows and (lead or "prompt" in (cache or ())):
+        distance = _behind_prompt(distance, valid, queries, (cache or {}).get("prompt", lead))
     entries |= {"mask": mask} | ({"distance": distance} if windows else {})
     if "position_ids" not in carry:
         return jnp.broadcast_to(queries[None], (len(ids), count)), entries
     given = carry["position_ids"] + slot.prompt_length(carry)
     before = jnp.broadcast_to(jnp.arange(lead, dtype=given.dtype)[None], (len(ids), lead))
     return jnp.concatenate([before, given], axis=1), entries
+
+
+def _behind_prompt(distance: jax.Array, valid: jax.Array, queries: jax.Array, length: Any) -> jax.Array:
+    """Distances (B, T, S) without the padding between a prompt and a row's first token, which no window counts."""
+    tokens = jnp.arange(valid.shape[1]) >= length
+    gap = jnp.argmax(valid & tokens[None], axis=1).astype(jnp.int32) - length
+    across = (queries >= length)[:, None] & ~tokens[None]
+    return distance[None] - jnp.where(across[None], jnp.maximum(gap, 0)[:, None, None], 0)
 
 
 def _with_prompt(cache: Carry, length: int) -> Carry:
