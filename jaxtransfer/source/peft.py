@@ -1,12 +1,12 @@
 """PEFT's adapter folders, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 The names of tensors follow from the family's own name table: adapters sit on Hugging Face's modules, and a linear here
-is one of theirs. The adapter is bound to a base by shapes on their side, and by the base's digest on ours.
+is one of theirs. The adapter is bound to a base by shapes on their side, and by the base's digest on ours: what it
+stands on must be that base, weight for weight.
 """
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from jaxtransfer.adapt.attaching import deeper, names_of
 from jaxtransfer.adapt.subtrees import held_in
 from jaxtransfer.adapt.vera import VeRA
 from jaxtransfer.models.names import turn
-from jaxtransfer.models.registry import family
+from jaxtransfer.source.peft_beside import check_bases, kept_whole, task_of, tying_of
 from jaxtransfer.source.peft_config import CONFIG, TASKS, WEIGHTS, PeftError, check_base, check_held, read_config
-from jaxtransfer.source.peft_forms import PARTS, VERA, adapter_of, fields_of, matrices_of, tensors_of
+from jaxtransfer.source.peft_forms import VERA, adapter_of, fields_of, matrices_of, tensors_of
+from jaxtransfer.source.peft_names import check_split, module_of, prefix_of, rows_of
+from jaxtransfer.source.peft_placing import THEIR_PROMPT, check_tied, placed
 from jaxtransfer.source.safetensors import TensorFile
 from jaxtransfer.source.writer import write, write_text
-from jaxtransfer.tree import fingerprint
 from jaxtransfer.tree.paths import flatten, unflatten
 from jaxtransfer.tree.weights import SHARED, is_weight
 from jaxtransfer.types import Source
 
-PROMPT, THEIR_PROMPT = "embed/prompt/embedding", "prompt_embeddings"
+PROMPT = "embed/prompt/embedding"
 
 
 def write_adapter(source: Source, folder: Path, *, base: str | None = None) -> None:
@@ -41,66 +42,31 @@ def write_adapter(source: Source, folder: Path, *, base: str | None = None) -> N
       base: what stands for the base model in the file; None is the source's reference.
 
     Raises:
-      PeftError: no adapters, several kinds or names, adapters on top of one another, a bottleneck or a prefix, which
-        PEFT has no like of, a prompt under a head that it has no task for, or a bare trunk's odd leaf.
+      PeftError: no adapters, several kinds or names, adapters on top of one another or on other weights than those
+        loaded, a bottleneck or a prefix, which PEFT has no like of, a prompt under a head that it has no task for, a
+        module that is in part adapted and in part trained, or a bare trunk's odd leaf.
     """
     inside, flat = held_in(source), flatten(source.params, is_leaf=is_weight)
     nodes = _own(source, flat)
     adapted: dict[str, Adapter] = {path: node for path, node in nodes.items() if isinstance(node, Adapter)}
     _check_alike(adapted, inside)
-    table, with_prefix = family(source.model.family).names(source.model), source.model.head is not None
-    rows = table.export_names(nodes, with_prefix=with_prefix)
-    modules = {path: _module(rows[path][0]) for path in adapted}
-    saved = _new_leaves(source, nodes)
+    check_bases(source, nodes)
+    rows = rows_of(source, nodes)
+    modules = {path: module_of(rows[path][0]) for path in adapted}
+    whole, kept = kept_whole(source, nodes, rows, modules)
+    check_split(source, {path: rows[path][0] for path in (*adapted, *kept.values())})
     fields = _prompt_fields(source, flat[PROMPT]) if inside else fields_of(adapted, modules)
-    fields |= _tying(source, modules) | _keeping(source, modules, {path: rows[path][0] for path in saved})
+    fields |= {"task_type": task_of(source, modules, kept), "modules_to_save": whole or None}
+    tying = tying_of(source, modules, kept)
+    fields |= tying if fields["peft_type"] == "LORA" else {}  # the others have no such field, and two parameters
     if any(rows[path][1] == "same" and path.endswith("/kernel") for path in adapted):
         fields["fan_in_fan_out"] = True  # their modules keep (in, out) as ours do
     tensors = {THEIR_PROMPT: np.asarray(flat[PROMPT])} if inside else _tensors(flat, adapted, modules)
-    for path in saved:
-        name, how = rows[path]
-        tensors[_prefix(fields["peft_type"]) + name] = turn(np.asarray(nodes[path]), how, back=True)
+    for name, path in kept.items():
+        tensors[prefix_of(fields["peft_type"]) + name] = turn(np.asarray(nodes[path]), rows[path][1], back=True)
     write(folder / WEIGHTS, {name: np.ascontiguousarray(array) for name, array in tensors.items()}, {"format": "pt"})
     record = {"base_model_name_or_path": source.lineage.ref if base is None else base, "inference_mode": True, **fields}
     write_text(folder / CONFIG, json.dumps(record, indent=2))
-
-
-def _keeping(source: Source, modules: Mapping[str, str], saved: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that say which modules are kept whole, and the task, by which PEFT keeps the head whole itself.
-
-    Raises:
-      PeftError: part of an adapted module was trained beside its adapter.
-    """
-    if both := [path for path, theirs in saved.items() if _module(theirs) in modules.values()]:
-        raise PeftError(
-            f"export: {both[0]} was trained beside the adapter on its kernel; PEFT has a module adapted or whole: "
-            "merge that adapter, or freeze the bias"
-        )
-    head, on_head = source.model.head, any(path.startswith("head/") for path in modules)
-    whole = {t.split(".")[0] if p.startswith("head/") and not on_head else _module(t) for p, t in saved.items()}
-    task = None if head is None or on_head else TASKS.get(head.kind)
-    return {"task_type": task, "modules_to_save": sorted(whole) or None}
-
-
-def _readers(source: Source) -> dict[str, str]:
-    """Path -> the stage that reads it though it is another's: a tied head, of the embedding."""
-    return {path: stage.name for stage in source.model.stages for path in stage.reads}
-
-
-def _tying(source: Source, modules: Mapping[str, str]) -> dict[str, Any]:
-    """The field that ties a head's adapter to that of the embedding which it reads.
-
-    Raises:
-      PeftError: PEFT would adapt the embedding alone.
-    """
-    tied = {path: stage for path, stage in _readers(source).items() if path in modules}
-    for path, stage in tied.items():
-        if modules[path].rpartition(".")[2] != "embed_tokens":
-            raise PeftError(
-                f"export: stage {stage} reads {path}, and PEFT would adapt {modules[path]} alone: untie(source) before "
-                "adapters are attached"
-            )
-    return {"ensure_weight_tying": True} if tied else {}
 
 
 def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Source:
@@ -126,19 +92,14 @@ def load_adapter(source: Source, folder: str | Path, *, name: str = NAME) -> Sou
         raise PeftError(f"{folder.name}: {odd[0]} is {tensors[odd[0]].dtype}, expected floats")
     if odd := [key for key, value in tensors.items() if not np.isfinite(value).all()]:
         raise PeftError(f"{folder.name}: {odd[0]} holds numbers that are not finite: save that of an earlier step")
-    table = family(source.model.family).names(source.model)
     flat = flatten(source.params, is_leaf=is_weight)
-    rows = table.export_names(_own(source, flat), with_prefix=source.model.head is not None)
-    plain, parts = _placed(source, rows, tensors, kind, folder)
+    rows = rows_of(source, _own(source, flat), tensors)
+    plain, parts, again = placed(source, rows, tensors, kind, folder)
     names = {path: theirs for path, (theirs, _) in rows.items()}
-    modules = {path: _module(names[path]) for path in parts}
-    check_held(folder, raw, names.values(), modules.values(), [names[path] for path in plain])
+    modules = {path: module_of(names[path]) for path in parts}
+    check_held(folder, raw, names.values(), modules.values(), [*(names[path] for path in plain), *again])
+    check_tied(source, rows, {path: tensors[key] for path, key in plain.items()}, again, modules, raw, folder)
     flat |= {path: _replaced(path, flat[path], turn(tensors[key], rows[path][1])) for path, key in plain.items()}
-    if tied := sorted(parts.keys() & _readers(source).keys() if not raw.get("ensure_weight_tying") else ()):
-        raise PeftError(
-            f"{folder.name}: adapts {tied[0]} alone, which stage {_readers(source)[tied[0]]} reads here: untie(source) "
-            "first"
-        )
     for path, given in parts.items():
         if name in names_of(flat[path]):
             raise PeftError(f"{path}: has an adapter called {name!r} already; load it under another name")
@@ -169,7 +130,7 @@ def _tensors(
 ) -> dict[str, np.ndarray]:
     """Their tensors of all adapters."""
     tensors = {
-        f"{_prefix('LORA')}{modules[path]}.{part}": array
+        f"{prefix_of('LORA')}{modules[path]}.{part}": array
         for path, node in adapted.items()
         for part, array in tensors_of(path, node).items()
     }
@@ -177,58 +138,6 @@ def _tensors(
         where = f"{SHARED}/{first.shares}"
         tensors |= {theirs: np.asarray(flat[f"{where}/{part}"]).T for theirs, part in zip(VERA, "ab", strict=True)}
     return tensors
-
-
-def _placed(
-    source: Source, rows: Mapping[str, Any], tensors: Mapping[str, np.ndarray], kind: str, folder: Path
-) -> tuple[dict[str, str], dict[str, dict[str, np.ndarray]]]:
-    """What their tensors are: path -> key of a plain leaf, and path -> part -> tensor of an adapter."""
-    by_module = {_module(theirs): path for path, (theirs, _) in rows.items() if theirs.endswith(".weight")}
-    by_name = {theirs: path for path, (theirs, _) in rows.items()}
-    plain: dict[str, str] = {}
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    rest: dict[str, np.ndarray] = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(_prefix(kind))
-        found = re.fullmatch(rf"(.+)\.({PARTS})", name)
-        if name in by_name and found is None:
-            plain[by_name[name]] = key
-        elif found and found[1] in by_module:
-            parts.setdefault(by_module[found[1]], {})[found[2].removesuffix(".weight")] = value
-        elif key not in {"PROMPT_TUNING": (THEIR_PROMPT,), "VERA": VERA}.get(kind, ()):
-            rest[name] = value
-    if unknown := [name for name, value in rest.items() if not _repeats(source, rows, by_name, parts, name, value)]:
-        raise PeftError(
-            f"{folder.name}: {len(unknown)} tensors have no place in this {source.model.family}: {unknown[:4]}"
-        )
-    return plain, parts
-
-
-def _repeats(
-    source: Source, rows: Mapping[str, Any], by_name: Mapping[str, str], parts: Mapping[str, Any], name: str, value: Any
-) -> bool:
-    """Whether a tensor only says again what is known: the base's own, or the adapter of a head that is tied."""
-    path = by_name.get(name.replace(".base_layer.", "."))
-    tied = [path for path in _readers(source) if path in parts]
-    if path is None and not tied:
-        return False
-    if ".base_layer." in name:
-        path = tied[0] if path is None else path
-        node = flatten(source.params, is_leaf=is_weight).get(path)
-        return not is_weight(node) and np.array_equal(turn(np.asarray(node), rows[path][1], back=True), value)
-    given = parts[tied[0]] if tied else {}
-    want = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
-    known = given.get(want.get(".".join(name.split(".")[-2:]), ""))
-    return known is not None and np.array_equal(known.T, value)
-
-
-def _module(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
-
-
-def _prefix(kind: str) -> str:
-    """What stands before their names: around a prompt's model there is one wrapper less."""
-    return "base_model." if kind == "PROMPT_TUNING" else "base_model.model."
 
 
 def _check_alike(adapted: Mapping[str, Adapter], inside: list[str]) -> None:
@@ -241,13 +150,6 @@ def _check_alike(adapted: Mapping[str, Adapter], inside: list[str]) -> None:
         raise PeftError(f"export: PEFT has no form of what stands at {inside[0]}; only a checkpoint holds it")
     if nested := [path for path, node in adapted.items() if isinstance(node.base, Adapter)]:
         raise PeftError(f"export: {nested[0]} has adapters on top of one another: merge the inner one first")
-
-
-def _new_leaves(source: Source, nodes: Mapping[str, Any]) -> list[str]:
-    """Plain leaves that are not the source's as loaded: a head trained beside the adapters."""
-    plain = {path: leaf for path, leaf in nodes.items() if not is_weight(leaf)}
-    known = source.lineage.fingerprints
-    return [path for path, value in fingerprint(plain).items() if known.get(path) != value]
 
 
 def _prompt_fields(source: Source, prompt: Any) -> dict[str, Any]:

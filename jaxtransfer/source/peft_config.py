@@ -199,6 +199,13 @@ def _ends(entry: str, modules: Collection[str]) -> bool:
     return any(f".{module}".endswith(f".{entry}") for module in modules)
 
 
+def ties_adapters(raw: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT ties a head's adapter to that of an embedding: it looks for two names of modules, and no others."""
+    named, targets = ("embed_tokens", "lm_head"), raw.get("target_modules")
+    found = not isinstance(targets, str) or any(_fits(targets, name) for name in named)
+    return bool(raw.get("ensure_weight_tying")) and module.rpartition(".")[2] == named[0] and found
+
+
 def of_pattern(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:
     """The value of ``rank_pattern`` or ``alpha_pattern`` for a module: the first key that fits the end of its name.
 
