@@ -108,7 +108,7 @@ class _Bundle:
             found = jax.device_get(self.evaluate(state, self.frozen, self._read(batch)))
             for run, part in enumerate(parts):
                 part.append({name: rows[run] for name, rows in found.items()})
-        return [collect(part) for part in parts]
+        return [collect(part, self.jobs[0].examples[split].aside) for part in parts]
 
     def _read(self, batch: Batch) -> Batch:
         return batch if self.fields is None else {name: batch[name] for name in batch if name in self.fields}

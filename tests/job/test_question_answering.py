@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from jaxtransfer import config as configs
 from jaxtransfer import job
 from jaxtransfer.config import ConfigError
 from jaxtransfer.job import caching, prepare
@@ -111,3 +112,16 @@ def test_frozen_stages_are_computed_once_and_give_the_same(world):
 def test_bad_input_is_told_before_any_work(world, changes, message):
     with pytest.raises((ValueError, ConfigError), match=message):
         prepare.prepare(world.config(world.root / "none", **changes), lambda _: None)
+
+
+def test_heads_that_train_together_are_scored_as_the_single_ones(world):
+    changes = {"adapt__train": "head", "run": {"epochs": 2}}
+    single = world.root / "single"
+    job.run(world.config(single, **changes), console=console())
+    path = world.root / "together.yaml"
+    path.write_text(configs.dump(world.config(world.root / "together", **changes)), encoding="utf-8")
+    found = job.sweep(path, [], {"optimizer.lr": ["1e-2", "3e-2"]}, console=console())
+    assert found["how"] == "together"
+    (row,) = [row for row in found["results"] if row["lr"] == "1e-2"]
+    expected = json.loads((single / "result.json").read_text())["metrics"]["test"]["f1"]["value"]
+    assert row["test f1"]["value"] == pytest.approx(expected)
