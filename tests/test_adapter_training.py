@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtransfer import checkpoint, export, load
 from jaxtransfer.adapt import attaching as at
-from jaxtransfer.adapt import groups, quantize
+from jaxtransfer.adapt import groups, heads, quantize, swap_head
 from jaxtransfer.models import apply, family
 from jaxtransfer.parallel import ShardingError, fsdp, make_mesh, shardings
 from jaxtransfer.step import params_of
@@ -57,6 +57,41 @@ def test_training_moves_the_adapter_and_the_head_and_no_base(name):
     tuned = dataclasses.replace(source, params=after)
     got, want = (apply(s.model, s.params, tiny.batch())["logits"] for s in (at.merge(tuned), tuned))
     np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
+
+
+def under_a_head(make, base=None, seed=5):
+    """A fresh head and the last layer under adapters of one kind."""
+    source = swap_head(wide(), heads.classifier(3), jax.random.key(seed))
+    source = quantize(source, [("head/out/kernel", base)]) if base else source
+    return at.attach(source, [(r"blocks/1/mlp/\w+/kernel|head/out/kernel", make)], jax.random.key(3))
+
+
+@pytest.mark.parametrize("base", [None, "int8"])
+@pytest.mark.parametrize("name", MAKES)
+def test_an_adapted_head_trains_by_its_adapter_and_bias_alone(name, base):
+    source = under_a_head(MAKES[name], base)
+    state, frozen, step = tiny.start(source, groups.adapters(source.model), tiny.Group(lr=1e-2))
+    for _ in range(3):
+        state, _ = step(state, frozen, tiny.batch())
+    tuned = dataclasses.replace(source, params=params_of(state, frozen))
+    before, after = flatten(source.params), flatten(tuned.params)
+    moved = {path for path in before if tiny.bits(before[path]) != tiny.bits(after[path])}
+    parts = flatten(source.params, is_leaf=is_weight)["head/out/kernel"].trainable
+    assert {p for p in moved if p.startswith("head/")} == {"head/out/bias", *(f"head/out/kernel@{p}" for p in parts)}
+    got, want = (apply(s.model, s.params, tiny.batch())["logits"] for s in (at.merge(tuned, dequantize=True), tuned))
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize("base", [None, "int8"])
+def test_a_checkpoint_holds_the_frozen_base_of_a_fresh_head(base, tmp_path):
+    source = under_a_head(MAKES["lora"], base)
+    state, frozen, step = tiny.start(source, groups.adapters(source.model))
+    state, _ = step(state, frozen, tiny.batch())
+    path = checkpoint.save(tmp_path / "one", state, frozen, source.lineage)
+    fresh, still, _ = tiny.start(under_a_head(MAKES["lora"], base, seed=6), groups.adapters(source.model), key=9)
+    assert not tiny.same_bits(still, frozen)
+    got, kept, _ = checkpoint.restore(path, like=(fresh, still), lineage=source.lineage)
+    assert tiny.same_bits(got, state) and tiny.same_bits(kept, frozen)
 
 
 @pytest.mark.parametrize(

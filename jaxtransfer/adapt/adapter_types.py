@@ -131,8 +131,11 @@ class DoRA(LoRA):
     magnitude: Any = None
 
     def gain(self) -> jax.Array:
-        """``m / |V|`` by output; the norm is taken without forming V, and has no gradient (section 4.3)."""
-        return self.magnitude.astype(jnp.float32) / column_norm(self.base, self.a, self.b, self.scale)
+        """``m / |V|`` by output, 0 where V is; the norm is taken without forming V, without gradient (section 4.3)."""
+        norm = column_norm(self.base, self.a, self.b, self.scale)
+        some = norm > 0
+        # Both: a quotient that `where` does not choose would still make the gradient 0 / 0.
+        return jnp.where(some, self.magnitude.astype(jnp.float32) / jnp.where(some, norm, 1.0), 0.0)
 
     def materialize(self) -> jax.Array:
         """``g (W + s a b)`` in the dtype of W."""
@@ -263,7 +266,8 @@ def column_norm(base: Any, a: Any, b: Any, scale: Any) -> jax.Array:
     w, a = w.reshape(-1, w.shape[-1]), a.reshape(-1, a.shape[-1])
     cross = jnp.sum(b * (a.T @ w), axis=0)
     low = jnp.sum(b * ((a.T @ a) @ b), axis=0)
-    return jnp.sqrt(jnp.sum(w * w, axis=0) + 2 * s * cross + s * s * low)
+    squares = jnp.sum(w * w, axis=0) + 2 * s * cross + s * s * low
+    return jnp.sqrt(jnp.maximum(squares, 0.0))  # where the two cancel, rounding goes below
 
 
 def row(value: Any, like: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxtransfer.adapt.pooling import pool as pool
 from jaxtransfer.adapt.pooling import select as select
 from jaxtransfer.adapt.quantized import Quantized
 from jaxtransfer.adapt.vera import VeRA, draw
+from jaxtransfer.models.encoder import bias_path
 from jaxtransfer.tree import fingerprint, weights
 from jaxtransfer.tree.paths import Params, flatten, unflatten, weight_path
 from jaxtransfer.tree.rules import Rules, as_rules, match_paths, winning_rules
@@ -152,14 +153,16 @@ def merge(source: Source, *, keep: bool = False, dequantize: bool = False) -> So
 
     Args:
       source: with adapters on it.
-      keep: keeps the parts beside what they make, for `unmerge`: subtracting again would not be exact.
+      keep: keeps the parts beside what they make, for `unmerge`: subtracting again would not be exact. Without it what
+        an earlier merge kept is dropped as well.
       dequantize: consent to the loss of a quantised base's small size (and to its rounding staying in).
 
     Raises:
       AdapterError: there is nothing to merge, or a base is quantised and ``dequantize`` is not set.
     """
     flat = flatten(source.params, is_leaf=is_weight)
-    adapted = [path for path, node in flat.items() if isinstance(node, (Adapter, Quantized))]
+    folds = (Adapter, Quantized) if keep else (Adapter, Quantized, Merged)
+    adapted = [path for path, node in flat.items() if isinstance(node, folds)]
     if not adapted:
         raise AdapterError("merge: there are no adapters")
     for path in adapted:
@@ -169,7 +172,7 @@ def merge(source: Source, *, keep: bool = False, dequantize: bool = False) -> So
                 f"merge: the base of {path} is {type(base).__name__}; merging makes it {base.dtype} again: say "
                 "dequantize=True, or export the adapters alone"
             )
-        beside = path.rpartition("/")[0] + "/bias"
+        beside = bias_path(source.model, path)
         bias = flat.get(beside)
         whole = weights.with_shared(node, source.params.get(SHARED, {}))
         value, new = weights.materialize(whole), node.merged_bias(bias) if isinstance(node, Adapter) else bias
@@ -193,7 +196,7 @@ def unmerge(source: Source) -> Source:
         raise AdapterError("unmerge: nothing was kept; merge(keep=True) keeps")
     for path in kept:
         if flat[path].bias is not None:
-            flat[path.rpartition("/")[0] + "/bias"] = flat[path].bias
+            flat[bias_path(source.model, path)] = flat[path].bias
         flat[path] = flat[path].kept
     return _changed(source, unflatten(flat), f"unmerge({len(kept)} leaves)")
 

@@ -1,6 +1,8 @@
 """Recipes for what trains: rules from path to label, for `tree.match`.
 
 A label is the name of an optimizer group (``trunk`` and ``head`` here), ``frozen``, or ``stats``: running statistics.
+Where a recipe trains an adapted weight, its base and its adapters train together; no recipe trains what is constant:
+LoRA's scale, VeRA's random matrices, what a merge kept.
 """
 
 import re
@@ -11,14 +13,20 @@ import jax
 
 from jaxtransfer.tree.paths import Params, flatten, map_with_path
 from jaxtransfer.tree.rules import Rule, Rules, match
+from jaxtransfer.tree.weights import SHARED
 from jaxtransfer.types import Model
 
 FROZEN, STATS = "frozen", "stats"
 
+_TRAINABLE = r"[^@]*@(a|b|d|magnitude|gain)"
+"""The parts of an outermost adapter that train."""
+_CONSTANT = rf"(.*/)?(kernel|embedding)@(.*@)?(scale|bias|kept(@.*)?)|{SHARED}/vera/.*"
+"""The parts of leaf types that no recipe trains; ``bias`` is what a merge kept of the one beside the weight."""
+
 
 def full(model: Model) -> Rules:
     """Everything trains: the head as group ``head``, the rest as ``trunk``."""
-    return (*_stats(model), Rule(r"head/.*", "head", optional=True), Rule(r".*", "trunk", optional=True))
+    return (*_fixed(model), Rule(r"head/.*", "head", optional=True), Rule(r".*", "trunk", optional=True))
 
 
 def head_only(model: Model) -> Rules:
@@ -28,7 +36,7 @@ def head_only(model: Model) -> Rules:
       ValueError: the head has no parameters of its own, but reads the frozen embedding.
     """
     _check_untied(model, "head_only")
-    return (*_stats(model), Rule(r"head/.*", "head"), Rule(r".*", FROZEN, optional=True))
+    return (*_fixed(model), Rule(r"head/.*", "head"), Rule(r".*", FROZEN, optional=True))
 
 
 def last(model: Model, blocks: int) -> Rules:
@@ -44,7 +52,7 @@ def last(model: Model, blocks: int) -> Rules:
         raise ValueError(f"last({blocks}): the model has {len(layers)} layers")
     first = names.index(layers[-blocks]) if blocks else names.index(layers[-1]) + 1
     rules = [Rule(f"{re.escape(name)}/.*", "trunk", optional=True) for name in names[first:]]
-    return (*_stats(model), Rule(r"head/.*", "head", optional=True), *rules, Rule(r".*", FROZEN, optional=True))
+    return (*_fixed(model), Rule(r"head/.*", "head", optional=True), *rules, Rule(r".*", FROZEN, optional=True))
 
 
 def adapters(model: Model) -> Rules:
@@ -54,8 +62,10 @@ def adapters(model: Model) -> Rules:
     """
     return (
         *_stats(model),
-        Rule(r"[^@]*@(a|b|d|magnitude|gain)|(.*/)?(adapter|prompt|prefix)/.*", "adapter"),
-        Rule(r"head/[^@]*", "head", optional=True),
+        # First: the rules below would win these parts by their weight's path.
+        Rule(rf"(?!{_TRAINABLE}$).*@.*", FROZEN, optional=True),
+        Rule(rf"{_TRAINABLE}|(.*/)?(adapter|prompt|prefix)/.*", "adapter"),
+        Rule(r"head/.*", "head", optional=True),
         Rule(r".*", FROZEN, optional=True),
     )
 
@@ -70,12 +80,12 @@ def lora_plus(model: Model) -> Rules:
 
 def biases(model: Model) -> Rules:
     """Biases train, and the head (BitFit: Ben Zaken et al. 2022, arXiv:2106.10199)."""
-    return (*_stats(model), *_with_head(Rule(r".*/bias", "trunk")))
+    return (*_fixed(model), *_with_head(Rule(r".*/bias", "trunk")))
 
 
 def norms(model: Model) -> Rules:
     """The scales and biases of normalisations train, and the head."""
-    return (*_stats(model), *_with_head(Rule(r"(.*/)?\w*norm\w*/(scale|bias)", "trunk")))
+    return (*_fixed(model), *_with_head(Rule(r"(.*/)?\w*norm\w*/(scale|bias)", "trunk")))
 
 
 def _with_head(rule: Rule) -> Rules:
@@ -94,6 +104,11 @@ def _check_untied(model: Model, recipe: str) -> None:
 def _stats(model: Model) -> tuple[Rule, ...]:
     # Optional: the statistics may have been those of a head that was swapped.
     return tuple(Rule(pattern, STATS, optional=True) for pattern in model.stats)
+
+
+def _fixed(model: Model) -> tuple[Rule, ...]:
+    """What no recipe trains."""
+    return (*_stats(model), Rule(_CONSTANT, FROZEN, optional=True))
 
 
 def _layers(names: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtransfer.models.foreign import head_stage
 from jaxtransfer.models.registry import family
 from jaxtransfer.tree.paths import flatten, unflatten, weight_path
-from jaxtransfer.tree.weights import SHARED, is_weight, transpose
+from jaxtransfer.tree.weights import SHARED, is_weight, materialize
 from jaxtransfer.types import Head, Lineage, Model, Source, Stage
 
 
@@ -103,7 +103,7 @@ def _reheaded(model: Model, head: Head) -> Model:
 
 
 def untie(source: Source) -> Source:
-    """A language-modelling head with a decoder of its own, copied from the embedding that it was tied to.
+    """A language-modelling head with a decoder of its own, a copy of what the embedding that it was tied to stands for.
 
     Raises:
       ValueError: the head is not tied.
@@ -112,7 +112,7 @@ def untie(source: Source) -> Source:
     if model.family == "foreign" or head is None or not any(s.name == "head" and s.reads for s in model.stages):
         raise ValueError(f"untie: the head of this {model.family} model is not tied to an embedding")
     untied = dataclasses.replace(model, config=dataclasses.replace(model.config, tie_word_embeddings=False))
-    kernel = jnp.array(transpose(source.params["embed"]["word"]["embedding"]), copy=True)
+    kernel = jnp.array(materialize(source.params["embed"]["word"]["embedding"]).T, copy=True)
     params = {**source.params, "head": {**source.params.get("head", {}), "decoder": {"kernel": kernel}}}
     new = family(model.family).rehead(untied, head)
     return dataclasses.replace(source, model=new, params=params, lineage=_noted(source, "untie()"))

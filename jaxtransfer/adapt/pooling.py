@@ -51,8 +51,8 @@ class Rows(Weight):
         return self._each(lambda w, x, key: weights.linear(x, w, bias, key), x, key)
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        """Rows ``W_i[ids_i]``: (B, ...) -> (B, ..., width)."""
-        return self._each(lambda w, ids, key: weights.take(w, ids, dtype), ids, None)
+        """Rows ``W_i[ids_i]``: (B, ...) -> (B, ..., width); ids (1, ...) are those of every row, as positions are."""
+        return self._each(lambda w, ids, key: weights.take(w, ids, dtype), ids, None, spread=True)
 
     def conv(self, x: jax.Array, bias: Any, key: jax.Array | None, how: Window) -> jax.Array:
         """``y_i = x_i * W_i + bias``."""
@@ -66,13 +66,16 @@ class Rows(Weight):
         """Not defined: there are as many arrays as rows."""
         raise TypeError(f"the adapters {', '.join(self.names)} are pooled, and stand for no one array")
 
-    def _each(self, fn: Callable[[Any, Any, Any], jax.Array], x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _each(
+        self, fn: Callable[[Any, Any, Any], jax.Array], x: jax.Array, key: jax.Array | None, *, spread: bool = False
+    ) -> jax.Array:
         leaves, structure = jax.tree.flatten(self.node)
         axes = [0 if own else None for own in jax.tree.leaves(_own(self.node))]
         rows = next(leaf.shape[0] for leaf, axis in zip(leaves, axes, strict=True) if axis == 0)
         if not self.selected:
             raise TypeError(f"the adapters {', '.join(self.names)} are pooled: select(params, ids) says which is whose")
-        if x.shape[0] != rows:
+        one = spread and x.shape[0] == 1
+        if x.shape[0] != rows and not one:
             raise ValueError(f"a batch of {x.shape[0]} rows has adapters selected for {rows}")
         keys = None if key is None else jax.random.split(key, rows)
 
@@ -80,7 +83,8 @@ class Rows(Weight):
             node = jax.tree.unflatten(structure, leaves)
             return fn(weights.transpose(node) if self.turned else node, x, key)
 
-        return jax.vmap(run, in_axes=(axes, 0, None if key is None else 0))(leaves, x, keys)
+        over = (axes, None if one else 0, None if key is None else 0)
+        return jax.vmap(run, in_axes=over)(leaves, x[0] if one else x, keys)
 
 
 def pool(trees: Mapping[str, Params]) -> Params:

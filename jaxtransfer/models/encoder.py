@@ -258,6 +258,14 @@ class LMHead(nnx.Module):
         return {"logits": projection.logits(), PROJECTION: projection}
 
 
+def bias_path(model: Model, kernel: str) -> str:
+    """Where the bias of a kernel lies: beside it, but for the decoder of `LMHead`, which has it tied or not."""
+    head = model.head if isinstance(model.config, EncoderConfig) else None
+    if kernel == "head/decoder/kernel" and head is not None and head.kind == "masked-lm" and not head.stages:
+        return "head/bias"
+    return kernel.rpartition("/")[0] + "/bias"
+
+
 def build(name: str, c: EncoderConfig, v: Variant, head: Head | None, *, pooler: bool) -> Model:
     """The model: ``embed``, ``blocks/0`` ..., ``pooler`` where there is one, ``head`` where there is one."""
     if head is not None and head.kind == "sequence-classification":

@@ -12,10 +12,11 @@ from jaxtransfer.adapt import attaching as at
 from jaxtransfer.adapt.adapter_types import IA3, Adapter, DoRA, LoRA
 from jaxtransfer.adapt.quantized import quantize
 from jaxtransfer.adapt.vera import VeRA
-from jaxtransfer.models import init
+from jaxtransfer.models import family, init
 from jaxtransfer.tree import digest, fingerprint, unflatten
 from jaxtransfer.tree.weights import Window, conv, is_weight, linear, materialize, take, transpose, with_shared
 from jaxtransfer.types import Lineage, Model, Source, Stage
+from tests.models import zoo
 
 KEY = jax.random.key(0)
 MAKES = {
@@ -150,12 +151,27 @@ def formula(node, bias):
     return v, bias
 
 
+ENCODERS = {
+    "bert": zoo.TINY,
+    "roberta": zoo.TINY | {"pad_token_id": 1},
+    "distilbert": {"vocab_size": 31, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12,
+                   "max_position_embeddings": 16, "initializer_range": 0.3},
+}  # fmt: skip
+
+
+@functools.cache
+def encoder(name, head):
+    """A made-up model of the BERT family under a head, its parameters fresh."""
+    model = family(name).build(ENCODERS[name], head)
+    return Source(model, init(model, KEY), Lineage("memory", ""))
+
+
 SIZES = {"words": 8, "width": 64, "wide": 128, "channels": 3}
 
 
 @functools.cache
 def toy(layers=4):
-    """A model with an embedding that its head reads, and, in scanned layers, dense kernels and a convolution."""
+    """A model with an embedding that its head reads behind a kernel of its own, and, in scanned layers, others."""
     words, d, wide = SIZES["words"], SIZES["width"], SIZES["wide"]
 
     def embed(params, carry, key):
@@ -169,7 +185,10 @@ def toy(layers=4):
         up = jnp.tanh(linear(x + 0.3 * mixed[:, 0], params["up"]["kernel"], params["up"]["bias"], key))
         return {"hidden": x + linear(up, params["down"]["kernel"], params["down"]["bias"], key)}
 
-    def head(params, carry, key, table):
+    def dense(params, carry, key):
+        return {"hidden": linear(carry["hidden"], params["kernel"], params["bias"], key)}
+
+    def word(params, carry, key, table):
         return {"logits": linear(carry["hidden"], transpose(table))}
 
     def fresh(shapes):
@@ -186,7 +205,8 @@ def toy(layers=4):
     stages = (
         Stage("embed", embed, fresh(first)),
         *(Stage(f"blocks/{i}", block, fresh(inside)) for i in range(layers)),
-        Stage("head", head, lambda key: {}, writes=("logits",), reads=("embed/word/embedding",)),
+        Stage("head/dense", dense, fresh({"kernel": (d, d), "bias": (d,)})),
+        Stage("head/word", word, lambda key: {}, writes=("logits",), reads=("embed/word/embedding",)),
     )
     model = Model("toy", None, stages, {"hidden": "hidden", "logits": "logits"})
     params = init(model, KEY)
@@ -214,6 +234,7 @@ LEAVES = {
     r"blocks/[01]/down/kernel": "dense",
     r"blocks/[23]/down/kernel": "dense",
     r"blocks/\d/mix/kernel": "conv",
+    r"head/dense/kernel": "dense",
 }
 """The kinds of the tiny model's weights; the layers' second kernels may be adapted in two ways: two stacks."""
 

@@ -102,6 +102,24 @@ def test_dora_is_the_paper_s_equation_and_its_norm_has_no_gradient():
     zoo.assert_close(jax.grad(ours)(adapter.b), jax.grad(paper)(adapter.b))
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dora_leaves_a_column_of_zeros_as_it_is_and_has_finite_gradients(rate):
+    x, w, b = normal(5, 7), normal(7, 4, seed=1).at[:, 2].set(0.0), normal(4, seed=2)
+    start = at.dora(3, dropout=rate)("w/kernel", w, KEY, "default")
+    zoo.assert_close(linear(x, start, b, KEY), linear(x, w, b), 1e-6)
+    assert jnp.array_equal(linear(x, start, b)[:, 2], linear(x, w, b)[:, 2])
+    tuned = moved(start)  # V may be zero where m is not
+    for node in (start, tuned, dataclasses.replace(tuned, b=tuned.b.at[:, 2].set(0.0))):
+        zoo.assert_close(linear(x, node, b), linear(x, node.materialize(), b))
+        grads = jax.grad(lambda node: jnp.sum(jnp.sin(linear(x, node, b, KEY))))(node)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_the_norm_of_columns_that_cancel_is_a_number():
+    a, b = normal(512, 3), normal(3, 64, seed=1)
+    assert jnp.isfinite(column_norm(-a @ b, a, b, jnp.float32(1.0))).all()
+
+
 def test_dropout_acts_on_the_low_rank_path_alone_and_needs_a_key():
     x, w = normal(64, 7), normal(7, 4, seed=1)
     adapter = moved(at.lora(3, dropout=0.5)("w/kernel", w, KEY, "default"))

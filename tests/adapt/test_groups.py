@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtransfer.adapt import groups
+from jaxtransfer.adapt import attaching as at
+from jaxtransfer.adapt import groups, quantize, subtrees
 from jaxtransfer.models.foreign import from_function
 from jaxtransfer.tree import RuleError, flatten, match
 from jaxtransfer.types import Head, Model, Stage
 from tests import tiny
+
+KEY = jax.random.key(0)
 
 
 def by_label(src, rules):
@@ -104,3 +107,61 @@ def test_labels_have_the_structure_of_the_parameters():
     src = tiny.source()
     labels = tiny.labels_of(src, groups.last(src.model, 2))
     assert jax.tree.structure(labels) == jax.tree.structure(src.params)
+
+
+def adapted(source):
+    """Two adapters on one another, on the head's kernel and on one of the last layer's."""
+    inner = [("head/out/kernel", at.lora(2)), ("blocks/3/mlp/up/kernel", at.vera(4))]
+    outer = [("head/out/kernel", at.dora(2)), ("blocks/3/mlp/up/kernel", at.lora(2))]
+    return at.attach(at.attach(source, inner, KEY), outer, KEY, name="outer")
+
+
+OUTER = {*(f"head/out/kernel@{part}" for part in ("a", "b", "magnitude")),
+         *(f"blocks/3/mlp/up/kernel@{part}" for part in "ab")}  # fmt: skip
+SCALES = {"head/out/kernel@scale", "head/out/kernel@base@scale", "blocks/3/mlp/up/kernel@scale"}
+
+
+@pytest.mark.parametrize("base", [None, "int8"])
+def test_of_an_adapted_head_the_outermost_adapter_trains(base):
+    plain = tiny.source()
+    source = adapted(quantize(plain, [("head/out/kernel", base)]) if base else plain)
+    for recipe, label_of_b in ((groups.adapters, "adapter"), (groups.lora_plus, "adapter_b")):
+        labels = flatten(tiny.labels_of(source, recipe(source.model)))
+        want = {path: label_of_b if path.endswith("@b") else "adapter" for path in OUTER}
+        assert {p: label for p, label in labels.items() if label != "frozen"} == want | {"head/out/bias": "head"}
+
+
+def test_an_adapted_base_trains_with_its_adapters_and_a_constant_never():
+    source = adapted(tiny.source())
+    model, drawn = source.model, {"shared/vera/default/a", "shared/vera/default/b"}
+
+    def frozen(recipe, *under):
+        labels = flatten(tiny.labels_of(source, recipe))
+        return {path for path, label in labels.items() if label == "frozen" and path.startswith(under or "")}
+
+    assert frozen(groups.full(model)) == SCALES | drawn
+    assert frozen(groups.last(model, 1), "blocks/3/", "pooler/", "head/") == SCALES
+    for recipe in (groups.head_only, groups.biases, groups.norms):
+        assert frozen(recipe(model), "head/") == {path for path in SCALES if path.startswith("head/")}
+    # A rule of the user's own may.
+    assert frozen([(r".*@scale", "scales"), *groups.full(model)]) == drawn
+
+
+def test_of_an_adapted_subtree_the_adapter_trains():
+    grown = subtrees.bottleneck(tiny.source(), [("blocks/0", True)], KEY, width=4, where=["mlp"])
+    grown = subtrees.prefix_tuning(subtrees.prompt_tuning(grown, KEY, length=2), KEY, length=2)
+    down = "blocks/0/adapter/mlp/gelu/down/kernel"
+    source = at.attach(grown, [(down, at.lora(2))], KEY)
+    labels = flatten(tiny.labels_of(source, groups.adapters(source.model)))
+    slots = {path for path in labels if re.search("/(adapter|prompt|prefix)/", path)}
+    assert {path for path in slots if labels[path] != "adapter"} == {f"{down}@base", f"{down}@scale"}
+    assert {labels[path] for path in labels.keys() - slots} == {"head", "frozen"}
+
+
+def test_of_a_merged_weight_trains_what_is_read():
+    source = at.attach(adapted(tiny.source()), [("blocks/0/mlp/up/kernel", at.ia3())], KEY)
+    kept = at.merge(source, keep=True)
+    labels = flatten(tiny.labels_of(kept, groups.full(kept.model)))
+    read = flatten(at.merge(kept).params)
+    assert {path.removesuffix("@value") for path, label in labels.items() if label != "frozen"} == set(read)
+    assert "blocks/0/mlp/up/kernel@bias" in labels and "shared/vera/default/a" in labels

@@ -1,13 +1,18 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtransfer.adapt import heads, swap_head
+from jaxtransfer.adapt import attaching as at
+from jaxtransfer.adapt import heads, quantize, swap_head, untie
 from jaxtransfer.models import apply
 from jaxtransfer.models.foreign import ForeignError, from_function
 from jaxtransfer.types import Head, Stage
 from tests import tiny
+from tests.adapt.strategies import moved
+from tests.models import zoo
 
 KEY = jax.random.key(7)
 
@@ -130,3 +135,20 @@ def test_labels_are_distinct_and_at_least_one(labels):
         heads.classifier(labels)
     with pytest.raises(ValueError, match="labels must be distinct and at least one"):
         heads.tokens(labels)
+
+
+@pytest.mark.parametrize("base", [None, "int8"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_untied_decoder_starts_as_what_the_adapted_embedding_stands_for(base, keep):
+    tied, table = swap_head(tiny.trunk(), heads.masked_lm(), KEY), "embed/word/embedding"
+    source = at.attach(quantize(tied, [(table, base)]) if base else tied, [(table, at.lora(2))], KEY)
+    source = dataclasses.replace(source, params=moved(source.params))
+    if keep:
+        source = at.attach(at.merge(source, keep=True, dequantize=True), [(table, at.lora(1))], KEY)
+        source = dataclasses.replace(source, params=moved(source.params))
+    untied = untie(source)
+    assert isinstance(untied.params["head"]["decoder"]["kernel"], jax.Array)
+    assert untied.params["embed"] is source.params["embed"]
+    got, want = (apply(s.model, s.params, tiny.batch())["logits"] for s in (untied, source))
+    zoo.assert_close(got, want)
+    assert jnp.abs(want - apply(tied.model, tied.params, tiny.batch())["logits"]).max() > 0.1

@@ -15,7 +15,7 @@ from jaxtransfer.adapt.quantized import quantize
 from jaxtransfer.models import apply
 from jaxtransfer.tree import flatten
 from jaxtransfer.tree.weights import is_weight
-from tests.adapt.strategies import KEY, moved, normal, of, toy, toy_batch
+from tests.adapt.strategies import KEY, encoder, moved, normal, of, toy, toy_batch
 from tests.models import decoder_zoo, zoo
 
 NAMES = ("french", "german", "dutch")
@@ -79,6 +79,19 @@ def test_dropout_draws_for_each_row():
     found = kernel.linear(x, None, jax.random.key(3))
     assert not jnp.allclose(found[0], found[1], atol=1e-3)
     assert jnp.array_equal(kernel.linear(x, None, None)[0], kernel.linear(x, None, None)[1])
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_positions_are_those_of_every_row(name):
+    base, batch = encoder(name, zoo.CLASSIFIER), zoo.inputs(len(ORDER))
+    source = at.attach(base, [(r"embed/position/embedding|blocks/0/mlp/up/kernel", at.lora(2))], KEY)
+    trees = {name: moved(source.params, seed) for seed, name in enumerate(NAMES)}
+    run = jax.jit(lambda params: apply(base.model, params, batch)["logits"])
+    alone = {name: run(tree) for name, tree in trees.items()}
+    zoo.assert_close(run(select(pool(trees), ORDER)), jnp.stack([alone[name][i] for i, name in enumerate(ORDER)]))
+    assert jnp.abs(alone["french"] - alone["dutch"]).max() > 1e-2
+    with pytest.raises(ValueError, match="a batch of 2 rows has adapters selected for 3"):
+        select(pool(trees), NAMES)["embed"]["position"]["embedding"].take(batch["input_ids"][:2], jnp.float32)
 
 
 def test_one_batch_of_requests_is_continued_under_several_adapters():

@@ -147,12 +147,13 @@ def test_training_leaves_the_base_and_inner_adapters_as_they_are_and_is_saved(to
     for _ in range(2):
         state, _ = step(state, frozen, toy_batch())
     after = flatten(params_of(state, frozen))
-    still = {path for path in before if not re.fullmatch(r"[^@]+@(a|b|d|magnitude|gain)", path)}
+    still = {path for path in before if not re.fullmatch(r"[^@]+@(a|b|d|magnitude|gain)|head/[^@]+", path)}
     assert tiny.same_bits({p: after[p] for p in still}, {p: before[p] for p in still})
     assert set(before) - still == {p for p, label in flatten(_labels(source)).items() if label != "frozen"}
     assert all(not jnp.array_equal(after[p], before[p]) for p in set(before) - still)
     for path, leaf in flatten(base.params).items():  # what was adapted, bit for bit, however deep it lies now
-        assert any(tiny.bits(after[p]) == tiny.bits(leaf) for p in after if p.replace("@base", "") == path)
+        same = any(tiny.bits(after[p]) == tiny.bits(leaf) for p in after if p.replace("@base", "") == path)
+        assert same or path in set(before) - still
     with tempfile.TemporaryDirectory() as folder:
         path = checkpoint.save(f"{folder}/one", state, frozen, source.lineage)
         written = {n for n, leaf in checkpoint.metadata(path)["leaves"].items() if leaf["written"]}
