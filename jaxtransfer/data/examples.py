@@ -102,9 +102,15 @@ class Examples:
 
 
 def objects(values: Sequence[Any]) -> np.ndarray:
-    """(N,) of dtype object, whatever the values are: `Examples.aside`."""
+    """(N,) of dtype object, whatever the values are, for `Examples.aside`.
+
+    Example:
+      >>> objects([["two", "words"], ["and", "two"]]).shape
+      (2,)
+    """
     out = np.empty(len(values), object)
-    out[:] = values
+    for i, value in enumerate(values):  # at once, rows of one length would be columns
+        out[i] = value
     return out
 
 
