@@ -29,7 +29,9 @@ class DivergenceError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; its state is saved. ``signum`` is the signal."""
+    """A signal asked the run to stop; its state is saved. ``signum`` is the signal, ``further`` how to go on."""
+
+    further = "the state is saved, `jaxtransfer resume` goes on"
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")

@@ -466,6 +466,15 @@ def test_the_run_that_makes_the_source():
     assert own.task == config.CausalLMConfig(kind="causal-lm")
 
 
+def test_a_prompt_stands_before_no_packed_row(write):
+    adapt = ("adapt", "{train: adapters, adapters: [{method: prompt}]}")
+    with pytest.raises(
+        ConfigError, match=r"task\.packing: one prompt cannot stand before .*; set task\.packing: false"
+    ):
+        config.load(write(BASE), [("task", "{kind: causal-lm}"), adapt])
+    config.load(write(BASE), [("task", "{kind: causal-lm, packing: false}"), adapt])
+
+
 def test_buckets_are_those_of_the_task(write):
     found = [
         config.load(write(BASE), [("task", f"{{kind: {kind}{more}}}")]).buckets
@@ -587,6 +596,8 @@ def test_dump_and_load_round_trip(raw, epochs, adapted, tmp_path_factory):
         raw["data"].pop("buckets", None)
     if kind in ("causal-lm", "question-answering"):  # whose own default is not the buckets' 128
         raw["task"]["max_length"] = 128
+        methods = {entry["method"] for entry in raw.get("adapt", {}).get("adapters", ())}
+        raw["task"] |= {"packing": False} if kind == "causal-lm" and "prompt" in methods else {}
     found = config.from_dict(raw)
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(config.dump(found), encoding="utf-8")

@@ -90,7 +90,7 @@ def _made(
         first, error = next(iter(failed.items()))
         rule = as_rules(rules)[winning_rules(rules, [first])[first] or 0].pattern
         more = f", as {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise AdapterError(f"{error} (chosen by rule {rule!r}{more})")
+        raise AdapterError(f"{error} (chosen by rule {_short(rule)!r}{more})")
     return made
 
 
@@ -208,3 +208,8 @@ def _bottom(node: Any) -> Any:
 def _changed(source: Source, params: Params, note: str) -> Source:
     lineage = dataclasses.replace(source.lineage, operations=(*source.lineage.operations, note))
     return dataclasses.replace(source, params=params, lineage=lineage)
+
+
+def _short(rule: str) -> str:
+    """A pattern for a message: all kernels of a model, by name, are a kilobyte."""
+    return rule if len(rule) <= 120 else f"{rule[:100]} ... {rule[-17:]}"

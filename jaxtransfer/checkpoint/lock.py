@@ -151,9 +151,22 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise RunFolderError(f"{path}: cannot be read ({error}); choose another folder") from None
     if theirs != mine:
-        keys = sorted(key for key in {*theirs, *mine} if theirs.get(key) != mine.get(key))
-        what = ", ".join(f"{key} is {_short(theirs.get(key))} there, {_short(mine.get(key))} here" for key in keys)
+        told = [row for key in sorted({*theirs, *mine}) for row in _apart(key, theirs.get(key), mine.get(key))]
+        what = ", ".join(f"{key} is {_short(there)} there, {_short(here)} here" for key, there, here in told)
         raise RunFolderError(f"{folder}: belongs to another run: {what}; choose another folder, or remove this one")
+
+
+def _apart(key: str, there: Any, here: Any) -> list[tuple[str, Any, Any]]:
+    """Where two values differ: in lists and mappings that are alike but for some entries, these."""
+    if there == here:
+        return []
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        rows = [_apart(f"{key}[{i}]", *pair) for i, pair in enumerate(zip(there, here, strict=True))]
+    elif isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        rows = [_apart(f"{key}.{name}", there[name], here[name]) for name in there]
+    else:
+        return [(key, there, here)]
+    return [row for found in rows for row in found]
 
 
 def _short(value: Any) -> str:

@@ -75,7 +75,7 @@ def fail(error: BaseException, *, debug: bool = False) -> int:
         return code
     message = " ".join(str(error).split()) or ("interrupted" if code == 130 else "no message")
     if signum:
-        message += "; the state is saved, `jaxtransfer resume` goes on"
+        message += f"; {getattr(error, 'further', 'nothing is saved')}"
     if code == 1 and not isinstance(error, OSError):
         message = f"unexpected {names[0]}: {message}; --debug shows where"
     print(f"jaxtransfer: error: {escape(redact(message))}", file=sys.stderr)

@@ -271,6 +271,9 @@ class Config:
             }.items():
                 if given is not None:
                     raise ConfigError(f"{field}: needs a source with weights, source.init asks for none", field)
+        if getattr(self.task, "packing", False) and any(entry.method == "prompt" for entry in self.adapt.adapters):
+            told = "one prompt cannot stand before every document of a packed row; set task.packing: false"
+            raise ConfigError(f"task.packing: {told}", "task.packing")
         if self.phases and self.study is not None:
             raise ConfigError("study: its control has no phases to compare with; leave study or phases out", "study")
         if self.phases:

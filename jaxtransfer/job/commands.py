@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxtransfer.job.prepare import RETAIN, TRAIN, Job, prepare
 from jaxtransfer.job.train import final_split, finished, predictions, saved_best, train
 from jaxtransfer.parallel import distributed
 from jaxtransfer.parallel.distributed import share
-from jaxtransfer.run import Progress, Stop
+from jaxtransfer.run import DivergenceError, Progress, Stop
 from jaxtransfer.source import load
 from jaxtransfer.tree import flatten
 from jaxtransfer.tree.rules import Rules, as_rules, winning_rules
@@ -73,6 +74,7 @@ def _run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> dict[str, An
     job = caching.cached(job, out / caching.FOLDER, screen.say, stop.check)
     source, found, progress = _main_run(job, out, stop, screen)
     metrics = {split: job.task.metrics(part) for split, part in found.items()}
+    _check_finite(job, metrics, progress)
     comparison = studies.compare(job, out, stop, screen, metrics)
     curve = studies.curve(job, out, stop, screen)
     values = {name: metric.value for name, metric in metrics[final_split(job)].items()}
@@ -95,6 +97,20 @@ def _run(job: Job, out: Path, stop: Stop, screen: events.Screen) -> dict[str, An
     distributed.by_first(f"report {out}", conclude, timeout=_REPORT)
     caching.discard(out / caching.FOLDER)
     return page_of(out)
+
+
+def _check_finite(job: Job, metrics: Mapping[str, Mapping[str, Any]], progress: Progress) -> None:
+    """A model whose loss is no number is no model, whatever its accuracy says; its checkpoints stay.
+
+    Raises:
+      DivergenceError: it is one.
+    """
+    split = final_split(job)
+    if (loss := metrics[split].get("loss")) is not None and not math.isfinite(loss.value):
+        raise DivergenceError(
+            f"the loss on {split} is {loss.value} after {progress.batch} steps, {progress.rejected} of which were not "
+            "finite: there is no model to write; lower the learning rate or clip"
+        )
 
 
 def resume(folder: Path, *, console: Any) -> dict[str, Any]:

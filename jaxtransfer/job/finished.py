@@ -21,6 +21,7 @@ from jaxtransfer.job.checks import check_vocabulary
 from jaxtransfer.job.models import (
     ADAPTER,
     CHECKPOINTS,
+    CONFIG,
     EXPORT,
     PRETRAIN,
     RESULT,
@@ -141,9 +142,15 @@ def export(folder: Path, out: Path | None = None, *, format: str = "hf") -> Path
         return export_source(adapted(folder), target, format=format, metrics=_values(folder))
     if format == "peft":
         return write_peft(adapted(folder), target, _values(folder))
-    held = beside(config)
-    way = f"`jaxtransfer merge {folder}` folds it in" if held is None else f"a {held} cannot be folded in"
-    raise ExportError(f"{folder}: what it trained stands beside its source: {way}, --format peft writes it alone")
+    held, packed = beside(config), " --dequantize" if config.adapt.quantize else ""
+    if held in ("bottleneck", "prefix"):
+        way = f"a {held} cannot be folded in, and only the run's own folder holds it"
+    elif held is not None:
+        way = f"a {held} cannot be folded in; --format peft writes it alone, where PEFT has its head"
+    else:
+        alone = ", --format peft writes it alone" if config.adapt.adapters else ""
+        way = f"`jaxtransfer merge {folder}{packed}` folds it in{alone}"
+    raise ExportError(f"{folder}: what it trained stands beside its source: {way}")
 
 
 def merge(folder: Path, out: Path | None = None, *, dequantize: bool = False) -> dict[str, Any]:
@@ -179,9 +186,13 @@ def merge(folder: Path, out: Path | None = None, *, dequantize: bool = False) ->
 
 
 def _check_free(target: Path, folder: Path, config: Config) -> None:
-    """An earlier export is replaced, but for what the run is put together from: its source, and what it has written."""
-    own = [folder / name for name in (EXPORT, ADAPTER, PRETRAIN, f"{PRETRAIN}/{EXPORT}", CHECKPOINTS)]
-    for kept in (*own, Path(config.source.ref), *map(Path, config.source.alternatives)):
+    """An earlier export is replaced, but for what this run or another is put together from."""
+    for run in target.resolve().parents:
+        part = run / target.resolve().relative_to(run).parts[0]
+        own = part.name in (EXPORT, ADAPTER, PRETRAIN, CHECKPOINTS)
+        if own and part.exists() and (run / CONFIG).exists():
+            raise ExportError(f"{target}: the run {run} is put together from it; name another folder")
+    for kept in (Path(config.source.ref), *map(Path, config.source.alternatives)):
         if kept.exists() and kept.resolve() == target.resolve():
             raise ExportError(f"{target}: the run {folder} is put together from it; name another folder")
 

@@ -23,8 +23,9 @@ from jaxtransfer.job.terms import terms_of
 from jaxtransfer.job.train import best_step, finished, saved_best
 from jaxtransfer.models.registry import ConfigFieldError, family
 from jaxtransfer.run import Progress
-from jaxtransfer.source import PeftError, load
+from jaxtransfer.source import PeftError, load, load_adapter
 from jaxtransfer.source import export as export_source
+from jaxtransfer.source.orbax_folder import sha256
 from jaxtransfer.step import bare, init_state, params_of
 from jaxtransfer.tasks import Task
 from jaxtransfer.tree import fingerprint
@@ -85,10 +86,7 @@ def adapted(folder: Path) -> Source:
     """
     config = dataclasses.replace(config_of(folder), out=str(folder))
     if not (folder / RESULT).exists():
-        progress, seed = progress_of(folder), config.run.seed
-        job = pretrained(prepare(config, lambda text: None))
-        job = dataclasses.replace(job, notes=tuple(entry["operation"] for entry in phases_of(job)))
-        return finished(job, seed, *saved_best(job, folder / CHECKPOINTS, job.start(seed), progress), progress)
+        return _so_far(folder, config)
     if apart(config):
         return _rebuilt(folder, config)
     page, source = page_of(folder), load(folder / EXPORT)
@@ -99,6 +97,20 @@ def adapted(folder: Path) -> Source:
             "which writes both again"
         )
     return dataclasses.replace(source, lineage=Lineage(**page["lineage"]))
+
+
+def _so_far(folder: Path, config: Config) -> Source:
+    """The best step of a run that may be going on, and then removes checkpoints while they are looked at."""
+    progress, seed = progress_of(folder), config.run.seed
+    job = pretrained(prepare(config, lambda text: None))
+    job = dataclasses.replace(job, notes=tuple(entry["operation"] for entry in phases_of(job)))
+    while True:
+        before, progress = progress, progress_of(folder)
+        try:
+            return finished(job, seed, *saved_best(job, folder / CHECKPOINTS, job.start(seed), progress), progress)
+        except checkpoint.CheckpointError:
+            if progress_of(folder).batch == progress.batch == before.batch:
+                raise
 
 
 def _rebuilt(folder: Path, config: Config) -> Source:
@@ -121,6 +133,11 @@ def _rebuilt(folder: Path, config: Config) -> Source:
             f"{folder}: was trained beside {page['lineage']['ref']}, whose {moved[0]} is another file by now; put the "
             "one that was there back"
         )
+    operations, processor = tuple(page["lineage"]["operations"]), _image_processor(config, task, trunk)
+    if checkpoint.latest(folder / CHECKPOINTS) is None:
+        source = _of_adapter(folder, page, adapting.headed(config, trunk, task, jax.random.key(seed)))
+        lineage = dataclasses.replace(source.lineage, operations=operations)
+        return described(config, dataclasses.replace(source, lineage=lineage), processor)
     source = adapting.begun(config, trunk, task, seed)
     steps = page["run"]["steps"]
     terms = terms_of(config, task, trunk, source.model, source.params, steps)
@@ -130,9 +147,22 @@ def _rebuilt(folder: Path, config: Config) -> Source:
     like = init_state(source.model, params, how["labels"], how["tx"], jax.random.key(seed), terms=terms.states)
     best = folder / CHECKPOINTS / str(best_step(progress_of(folder)))
     state, frozen, _ = checkpoint.restore(best, like=like, lineage=source.lineage)
-    lineage = dataclasses.replace(source.lineage, operations=tuple(page["lineage"]["operations"]))
+    lineage = dataclasses.replace(source.lineage, operations=operations)
     source = dataclasses.replace(source, params=bare(params_of(state, frozen)), lineage=lineage)
-    return described(config, source, _image_processor(config, task, trunk))
+    return described(config, source, processor)
+
+
+def _of_adapter(folder: Path, page: Mapping[str, Any], base: Source) -> Source:
+    """The model of a finished run whose checkpoints are gone, by the adapter that it wrote."""
+    if not (folder / ADAPTER).exists():
+        raise checkpoint.RunFolderError(
+            f"{folder}: is finished, but its checkpoints are gone, and nothing else holds what it trained; remove "
+            f"{RESULT} and resume it, which trains again"
+        )
+    for name, value in page["run"].get("files", {}).items():
+        if (path := folder / ADAPTER / name).exists() and sha256(path) != value:
+            raise checkpoint.DamagedError(f"{path}: is not the file that the run wrote, and its checkpoints are gone")
+    return load_adapter(base, folder / ADAPTER)
 
 
 def _image_processor(config: Config, task: Task, trunk: Source) -> Any:
@@ -219,7 +249,7 @@ def write_peft(source: Source, path: Path, values: Values) -> Path:
     others = ("head/", f"{SHARED}/", *(f"{slot}/" for slot in inside))
     nodes = flatten(source.params, is_leaf=is_weight)
     if not inside and not any(isinstance(node, Adapter) for node in nodes.values()):
-        raise PeftError("there are no adapters for PEFT: only a head was trained, beside a quantised source")
+        raise PeftError("there are no adapters for PEFT: leaves of the model itself were trained, beside packed ones")
     plain = {path: leaf for path, leaf in nodes.items() if not is_weight(leaf) and not path.startswith(others)}
     known = source.lineage.fingerprints
     if moved := [path for path, value in fingerprint(plain).items() if known.get(path) != value]:

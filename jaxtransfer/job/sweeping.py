@@ -1,10 +1,11 @@
 """A run for every combination of some values: together as one program where it can be, otherwise in turn."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxtransfer.job.optimization import optimizer_groups
 from jaxtransfer.job.prepare import Job, prepare, trained
 from jaxtransfer.job.together import train_together
 from jaxtransfer.job.train import final_split
-from jaxtransfer.run import Stop
+from jaxtransfer.run import Interrupted, Stop
 from jaxtransfer.study import interval
 from jaxtransfer.tree.paths import flatten
 
@@ -82,7 +83,7 @@ def sweep(path: Path, overrides: Sequence[tuple[str, str]], axes: Axes, *, conso
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     loaded = [configs.load(path, [*overrides, *point.items()]) for point in points]
     out = Path(loaded[0].out)
-    with Stop() as stop, events.Screen(console) as screen, checkpoint.RunLock(out):
+    with _going_on(), Stop() as stop, events.Screen(console) as screen, checkpoint.RunLock(out):
         reason = _differ(loaded[0], axes)
         job = prepare(loaded[0], screen.say if reason is None else lambda text: None)
         if reason is None:
@@ -96,7 +97,8 @@ def sweep(path: Path, overrides: Sequence[tuple[str, str]], axes: Axes, *, conso
         if reason is None:
             rows = _together(job, loaded, axes, out, stop, screen)
     if reason is not None:
-        rows = [_alone(config, out / _slug(point), console) for config, point in zip(loaded, points, strict=True)]
+        with _going_on():
+            rows = [_alone(config, out / _slug(point), console) for config, point in zip(loaded, points, strict=True)]
     found = {
         "how": "together" if reason is None else f"in turn: {reason}",
         "results": _table(job, points, rows),
@@ -104,6 +106,16 @@ def sweep(path: Path, overrides: Sequence[tuple[str, str]], axes: Axes, *, conso
     }
     record.write_json(out / SWEEP, found)
     return found
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """Says of a signal in here how a sweep goes on: its folder is no run's, and only its runs in turn have states."""
+    try:
+        yield
+    except Interrupted as error:
+        error.further = "the same command goes on with the runs that are not finished"
+        raise
 
 
 def _differ(config: Config, axes: Axes) -> str | None:

@@ -23,7 +23,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """The NamedSharding of every leaf of a canonical or laid-out tree; leaves without a rule are replicated.
 
     The parts of a leaf type are split as the type says they follow from the spec of its weight, unless a rule names the
-    part itself (``.../kernel@a``). A part that does not divide stays whole, but for packed blocks, which is an error.
+    part itself (``.../kernel@a``). A part stays whole along a dimension that does not divide; packed parts do so
+    together, as blocks may not cross shards.
 
     Raises:
       ShardingError: a dimension does not divide by its mesh axes, a spec is longer than its leaf's rank or names an
@@ -65,9 +66,13 @@ def _parts(tree: Any) -> dict[str, _Derive]:
         def derive(part: str) -> _Derive:
             def spec(weight: P, shape: tuple[int, ...], mesh: Mesh) -> P:
                 own = node.specs([*weight, *[None] * (rank - len(weight))])[part]
+                shapes = [shape]
                 if part in node.whole_blocks:
-                    return own
-                fits = [size % _count(mesh, axes) == 0 for size, axes in zip(shape, own, strict=False)]
+                    shapes = [np.shape(getattr(node, name))[-len(shape) :] for name in node.whole_blocks]
+                fits = [
+                    all(size % _count(mesh, axes) == 0 for size in sizes)
+                    for *sizes, axes in zip(*shapes, own, strict=False)
+                ]
                 return P(*(axes if fit else None for axes, fit in zip(own, fits, strict=True)))
 
             return spec

@@ -69,6 +69,17 @@ def test_claim(tmp_path):
     assert json.loads((run / "run.json").read_text())["seed"] == 0
 
 
+def test_of_nested_values_what_differs_is_told(tmp_path):
+    def identity(alpha):
+        return {"adapters": [{"method": "ia3"}, {"method": "lora", "targets": "x" * 99, "alpha": alpha}], "seed": 0}
+
+    claim(tmp_path, identity(16.0))
+    with pytest.raises(RunFolderError, match=r"another run: adapters\[1\]\.alpha is 16\.0 there, 32\.0 here; choose"):
+        claim(tmp_path, identity(32.0))
+    with pytest.raises(RunFolderError, match=r"another run: adapters is \[\{.* here; choose"):
+        claim(tmp_path, {"adapters": [], "seed": 0})
+
+
 def test_claim_refuses_foreign_and_broken_folders(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(

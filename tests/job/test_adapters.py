@@ -20,7 +20,7 @@ from jaxtransfer.job import commands, models, prepare
 from jaxtransfer.job.train import predictions
 from jaxtransfer.models import apply
 from jaxtransfer.optim import GroupError
-from jaxtransfer.run import Interrupted
+from jaxtransfer.run import DivergenceError, Interrupted, Progress
 from jaxtransfer.source import ExportError, PeftError, load, load_adapter
 from jaxtransfer.tree import fingerprint, flatten
 from jaxtransfer.tree.paths import map_with_path
@@ -389,9 +389,85 @@ def test_more_than_a_head_beside_adapters_is_no_folder_of_peft(world):
     with pytest.raises(PeftError, match="blocks/0/mlp/up/bias was trained beside the adapters, and PEFT's folder"):
         models.write_peft(dataclasses.replace(source, params=moved), world.root / "peft", {})
     assert flat.keys() == flatten(moved).keys()
+    moved = map_with_path(lambda path, leaf: leaf + 1 if path == "blocks/0/mlp/up/kernel@base" else leaf, source.params)
+    with pytest.raises(PeftError, match="blocks/0/mlp/up/kernel: the weight under the adapter is a fresh, trained or"):
+        models.write_peft(dataclasses.replace(source, params=moved), world.root / "peft", {})
     packed = made(world, {"train": "head", "quantize": [[KERNELS, "int8"]]}).adapted(0)
-    with pytest.raises(PeftError, match="there are no adapters for PEFT: only a head was trained, beside a quantised"):
+    with pytest.raises(
+        PeftError, match="there are no adapters for PEFT: leaves of the model itself were trained, beside p"
+    ):
         models.write_peft(packed, world.root / "peft", {})
+
+
+def test_a_finished_run_without_checkpoints_is_its_adapter(world, tmp_path):
+    out = tmp_path / "run"
+    job.run(world.config(out, adapt={**LORA, "quantize": [[KERNELS, "int8"]]}, run__epochs=1), console=console())
+    before = logits(models.adapted(out))
+    shutil.rmtree(out / "checkpoints")
+    close(logits(models.adapted(out)), before)
+    weights = out / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        checkpoint.DamagedError, match=r"adapter_model\.safetensors: is not the file that the run wrote"
+    ):
+        models.adapted(out)
+    shutil.rmtree(out / "adapter")
+    with pytest.raises(
+        checkpoint.RunFolderError, match=r"checkpoints are gone, .*; remove result.json and resume it, which trains"
+    ):
+        models.adapted(out)
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_not_the_model(world, tmp_path, monkeypatch):
+    out, calls = tmp_path / "run", []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        during(patch, 3)
+        job.run(world.config(out, adapt=LORA, run__evaluate_every=2), console=console())
+    expected, real = logits(models.adapted(out)), models.saved_best
+
+    def rotated(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise checkpoint.CheckpointError("its manifest cannot be read")
+        return real(*args)
+
+    monkeypatch.setattr(models, "saved_best", rotated)
+    with pytest.raises(checkpoint.CheckpointError, match="its manifest"):  # nothing has come after it
+        models.adapted(out)
+    calls.clear()
+    last, told = models.progress_of(out), iter([Progress(batch=1)])
+    monkeypatch.setattr(models, "progress_of", lambda _: next(told, last))
+    close(logits(models.adapted(out)), expected)
+
+
+def test_an_export_replaces_nothing_that_a_run_is_put_together_from(ran, world, tmp_path):
+    _, out, _ = ran
+    other = tmp_path / "other"
+    (other / "adapter").mkdir(parents=True)
+    (other / "config.yaml").write_text("")
+    for target in (other / "adapter", out / "checkpoints" / "4", out / "checkpoints"):
+        with pytest.raises(
+            ExportError, match=f"the run {target.parents[target.parent.name == 'checkpoints']} is put tog"
+        ):
+            job.export(out, target, format="peft")
+
+
+def test_a_model_that_is_no_number_is_an_error_and_no_result(world, tmp_path):
+    out = tmp_path / "nan"
+    config = world.config(out, optimizer={"lr": 1e30, "clip": None}, run={"steps": 3, "epochs": None})
+    with pytest.raises(
+        DivergenceError, match=r"the loss on test is nan after 3 steps, . of which were not finite: there"
+    ):
+        job.run(config, console=console())
+    assert not (out / "result.json").exists()
+    assert list((out / "checkpoints").iterdir())
+
+
+def test_exports_of_what_stands_beside_say_what_can_be_done(ran):
+    name, out, _ = ran
+    told = {"bottleneck": "only the run's own folder holds it", "prompt": "--format peft writes it alone, where"}
+    with pytest.raises(ExportError, match=told.get(name, "folds it in, --format peft writes it alone")):
+        job.export(out, format="orbax")
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +499,7 @@ def test_a_language_model_on_a_source_that_was_made_for_it(library):
 def test_a_source_is_measured_before_without_what_is_drawn_at_random(method, library):
     adapt = {"train": "adapters", "adapters": [{"method": method, "length": 2}]}
     adapted, plain = (
-        prepare.prepare(library.config(library.root / "x", adapt=how), lambda text: None)
+        prepare.prepare(library.config(library.root / "x", adapt=how, task__packing=False), lambda text: None)
         for how in (adapt, {"train": "full"})
     )
     start = adapted.start(0)

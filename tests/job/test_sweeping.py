@@ -1,6 +1,7 @@
 """A run for every combination: together or in turn, and either way what the single runs give."""
 
 import json
+import signal
 
 import pytest
 
@@ -8,7 +9,8 @@ from jaxtransfer import cli, job
 from jaxtransfer import config as configs
 from jaxtransfer.config import ConfigError
 from jaxtransfer.job import caching, sweeping
-from tests.job.world import World, console
+from jaxtransfer.run import Interrupted
+from tests.job.world import World, console, during
 
 HEAD = {"train": "head"}
 AXES = {"optimizer.lr": ["3e-3", "3e-2"], "run.seed": ["0", "1"]}
@@ -150,3 +152,19 @@ def test_a_run_that_diverges_has_no_value(world):
     assert rows["3e-3"]["validation accuracy"]["value"] is not None
     assert rows["1e38"]["validation accuracy"]["value"] is None and rows["1e38"]["step"] is None
     assert found["results"][-1]["lr"] == "1e38" and caching.FOLDER not in map(str, (world.root / "diverged").iterdir())
+
+
+def test_a_stopped_sweep_says_how_it_goes_on(world):
+    axes, further = {"run.epochs": ["1", "2"]}, "the same command goes on with the runs that are not finished"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
+        during(patch, 2)
+        job.sweep(written(world, "stopped", adapt=HEAD), [], axes, console=console())
+    assert caught.value.further == further
+
+    def stopped(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
+        patch.setattr(sweeping, "train_together", stopped)
+        job.sweep(written(world, "stopped-together", adapt=HEAD), [], AXES, console=console())
+    assert caught.value.further == further

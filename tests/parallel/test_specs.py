@@ -58,6 +58,15 @@ def test_a_spec_that_does_not_fit_names_its_leaf(mesh, spec, message):
         shardings(tree(), mesh, [("embed/table", spec)])
 
 
+def test_packed_parts_stay_whole_together_where_blocks_do_not_divide(mesh):
+    weight = jax.random.normal(jax.random.key(0), (192, 256))
+    found = specs({"kernel": nf4(weight)}, mesh, [("kernel", P("fsdp", "tensor"))])  # three blocks over two
+    assert set(found.values()) == {P(None, "tensor")}
+    assert len(found) == 4
+    even = specs({"kernel": nf4(weight[:128])}, mesh, [("kernel", P("fsdp", "tensor"))])
+    assert set(even.values()) == {P("fsdp", "tensor")}
+
+
 def test_a_rule_that_matches_nothing_is_an_error(mesh):
     with pytest.raises(RuleError, match="matches none of 7 leaves"):
         place(tree(), mesh, [("embed/word", P("fsdp"))])
