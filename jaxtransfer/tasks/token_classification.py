@@ -1,6 +1,7 @@
 """Token classification: a tag for each word; entities by their beginnings and insides, parts of speech."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,21 +63,6 @@ def token_classification(
             kept=found.sentence, aside={"tokens": objects([found.texts[i] for i in found.sentence])},
         )  # fmt: skip
 
-    def observe(outputs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        logp = jax.nn.log_softmax(outputs["logits"].astype(jnp.float32), axis=-1)
-        guess, sure = jnp.argmax(logp, axis=-1), jnp.exp(jnp.max(logp, axis=-1))
-        wide = {"words": (batch["words"], -1), "guess": (guess, 0), "probability": (sure, 0)}
-        found = {"sentence": jnp.asarray(batch["sentence"])}
-        if "labels" in batch:
-            known = jnp.asarray(batch["labels"])
-            losses = -jnp.take_along_axis(logp, jnp.maximum(known, 0)[..., None], axis=-1)[..., 0]
-            found["nll"] = jnp.sum(jnp.where(known == IGNORE, 0.0, losses), axis=-1)
-            wide["labels"] = known, IGNORE
-        # Batches of every bucket become one array.
-        for name, (x, fill) in wide.items():
-            found[name] = jnp.pad(x, ((0, 0), (0, max_length - x.shape[1])), constant_values=fill)
-        return found
-
     scheme = tagged.is_scheme(labels)
     return Task(
         name="token-classification",
@@ -85,7 +71,7 @@ def token_classification(
         processor=tokenizer,
         prepare=prepare,
         objective=cross_entropy(label_smoothing),
-        observe=observe,
+        observe=partial(_observe, max_length),
         metrics=lambda observed: tagging(observed, labels),
         metric_names=(*(("f1", "precision", "recall") if scheme else ()), "macro_f1", "accuracy", "loss"),
         metric="f1" if scheme else "accuracy",
@@ -95,6 +81,22 @@ def token_classification(
         fresh_head=fresh_head,
         typed=lambda text: [text[start:stop] for start, stop in tagged.split_words(text)],
     )
+
+
+def _observe(max_length: int, outputs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Of each token what is said of it, padded to one length: batches of every bucket become one array."""
+    logp = jax.nn.log_softmax(outputs["logits"].astype(jnp.float32), axis=-1)
+    guess, sure = jnp.argmax(logp, axis=-1), jnp.exp(jnp.max(logp, axis=-1))
+    wide = {"words": (batch["words"], -1), "guess": (guess, 0), "probability": (sure, 0)}
+    found = {"sentence": jnp.asarray(batch["sentence"])}
+    if "labels" in batch:
+        known = jnp.asarray(batch["labels"])
+        losses = -jnp.take_along_axis(logp, jnp.maximum(known, 0)[..., None], axis=-1)[..., 0]
+        found["nll"] = jnp.sum(jnp.where(known == IGNORE, 0.0, losses), axis=-1)
+        wide["labels"] = known, IGNORE
+    for name, (x, fill) in wide.items():
+        found[name] = jnp.pad(x, ((0, 0), (0, max_length - x.shape[1])), constant_values=fill)
+    return found
 
 
 def _tagged(observed: Observed, labels: Sequence[str]) -> list[Tagged]:
