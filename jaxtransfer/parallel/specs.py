@@ -23,8 +23,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """The NamedSharding of every leaf of a canonical or laid-out tree; leaves without a rule are replicated.
 
     The parts of a leaf type are split as the type says they follow from the spec of its weight, unless a rule names the
-    part itself (``.../kernel@a``). A part stays whole along a dimension that does not divide; packed parts do so
-    together, as blocks may not cross shards.
+    part itself (``.../kernel@a``). A part that does not divide stays whole, but for packed blocks, which is an error.
 
     Raises:
       ShardingError: a dimension does not divide by its mesh axes, a spec is longer than its leaf's rank or names an
@@ -66,13 +65,9 @@ def _parts(tree: Any) -> dict[str, _Derive]:
         def derive(part: str) -> _Derive:
             def spec(weight: P, shape: tuple[int, ...], mesh: Mesh) -> P:
                 own = node.specs([*weight, *[None] * (rank - len(weight))])[part]
-                shapes = [shape]
                 if part in node.whole_blocks:
-                    shapes = [np.shape(getattr(node, name))[-len(shape) :] for name in node.whole_blocks]
-                fits = [
-                    all(size % _count(mesh, axes) == 0 for size in sizes)
-                    for *sizes, axes in zip(*shapes, own, strict=False)
-                ]
+                    return own
+                fits = [size % _count(mesh, axes) == 0 for size, axes in zip(shape, own, strict=False)]
                 return P(*(axes if fit else None for axes, fit in zip(own, fits, strict=True)))
 
             return spec
@@ -106,9 +101,10 @@ def _sharding(path: str, leaf: Any, mesh: Mesh, spec: P, stacked: bool) -> Named
             raise ShardingError(f"{path}: the mesh has no axis {unknown[0]!r}, it has {tuple(mesh.shape)}")
         parts = int(np.prod([mesh.shape[name] for name in names]))
         if size % parts:
+            unpacked = ", or leave the weight unquantised: its blocks may not cross shards" if "@" in path else ""
             raise ShardingError(
                 f"{path}: a dimension of {size} does not divide by {'x'.join(names)} = {parts} (shape {shape}, spec "
-                f"{spec}); change the mesh or give this leaf another rule"
+                f"{spec}); change the mesh or give this leaf another rule{unpacked}"
             )
     return _named(mesh, spec)
 

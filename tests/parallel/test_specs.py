@@ -58,13 +58,11 @@ def test_a_spec_that_does_not_fit_names_its_leaf(mesh, spec, message):
         shardings(tree(), mesh, [("embed/table", spec)])
 
 
-def test_packed_parts_stay_whole_together_where_blocks_do_not_divide(mesh):
-    weight = jax.random.normal(jax.random.key(0), (192, 256))
-    found = specs({"kernel": nf4(weight)}, mesh, [("kernel", P("fsdp", "tensor"))])  # three blocks over two
-    assert set(found.values()) == {P(None, "tensor")}
-    assert len(found) == 4
-    even = specs({"kernel": nf4(weight[:128])}, mesh, [("kernel", P("fsdp", "tensor"))])
-    assert set(even.values()) == {P("fsdp", "tensor")}
+def test_packed_parts_that_do_not_divide_say_what_can_be_done(mesh):
+    weight = {"kernel": nf4(jax.random.normal(jax.random.key(0), (192, 256)))}  # three blocks over two
+    told = "kernel@scales: a dimension of 3 does not divide by fsdp = 2 .*, or leave the weight unquantised: its blocks"
+    with pytest.raises(ShardingError, match=told):
+        shardings(weight, mesh, [("kernel", P("fsdp", "tensor"))])
 
 
 def test_a_rule_that_matches_nothing_is_an_error(mesh):
