@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtransfer.adapt import merge as fold
 from jaxtransfer.adapt.adapters import AdapterError
+from jaxtransfer.checkpoint.lock import RUN
 from jaxtransfer.config import Config, ImageClassificationConfig
 from jaxtransfer.data.dataset import from_records
 from jaxtransfer.data.loader import Examples, batches
@@ -21,7 +22,6 @@ from jaxtransfer.job.checks import check_vocabulary
 from jaxtransfer.job.models import (
     ADAPTER,
     CHECKPOINTS,
-    CONFIG,
     EXPORT,
     PRETRAIN,
     RESULT,
@@ -190,7 +190,7 @@ def _check_free(target: Path, folder: Path, config: Config) -> None:
     for run in target.resolve().parents:
         part = run / target.resolve().relative_to(run).parts[0]
         own = part.name in (EXPORT, ADAPTER, PRETRAIN, CHECKPOINTS)
-        if own and part.exists() and (run / CONFIG).exists():
+        if own and part.exists() and (run / RUN).exists():
             raise ExportError(f"{target}: the run {run} is put together from it; name another folder")
     for kept in (Path(config.source.ref), *map(Path, config.source.alternatives)):
         if kept.exists() and kept.resolve() == target.resolve():

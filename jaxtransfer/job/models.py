@@ -100,16 +100,18 @@ def adapted(folder: Path) -> Source:
 
 
 def _so_far(folder: Path, config: Config) -> Source:
-    """The best step of a run that may be going on, and then removes checkpoints while they are looked at."""
-    progress, seed = progress_of(folder), config.run.seed
+    """The best step of a run that may be going on, and then removes checkpoints while they are read."""
+    progress_of(folder)  # there is one, or nothing needs to be prepared
+    seed = config.run.seed
     job = pretrained(prepare(config, lambda text: None))
     job = dataclasses.replace(job, notes=tuple(entry["operation"] for entry in phases_of(job)))
+    like, root = job.start(seed), folder / CHECKPOINTS
     while True:
-        before, progress = progress, progress_of(folder)
+        progress = progress_of(folder)
         try:
-            return finished(job, seed, *saved_best(job, folder / CHECKPOINTS, job.start(seed), progress), progress)
-        except checkpoint.CheckpointError:
-            if progress_of(folder).batch == progress.batch == before.batch:
+            return finished(job, seed, *saved_best(job, root, like, progress), progress)
+        except Exception:  # of a folder that vanishes Orbax says many things
+            if (root / str(best_step(progress))).exists() or progress_of(folder).batch == progress.batch:
                 raise
 
 

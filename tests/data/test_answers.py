@@ -88,6 +88,13 @@ def test_answers_that_are_not_there_are_told_with_their_place(value, message):
         answers.answers(from_records([{"question": "q", "context": "the lamp", "answers": value}]))
 
 
+def test_a_context_that_is_no_text_is_told():
+    with pytest.raises(DataError, match="record 0: context is None, expected a text"):
+        answers.answers(
+            from_records([{"question": "q", "context": None, "answers": {"text": ["a"], "answer_start": [0]}}])
+        )
+
+
 def test_no_answer_is_one_where_that_was_asked_for():
     data = from_records([{"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}}])
     assert answers.answers(data, unanswerable=True) == [()]

@@ -419,32 +419,25 @@ def test_a_finished_run_without_checkpoints_is_its_adapter(world, tmp_path):
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_not_the_model(world, tmp_path, monkeypatch):
-    out, calls = tmp_path / "run", []
+    out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         during(patch, 3)
         job.run(world.config(out, adapt=LORA, run__evaluate_every=2), console=console())
-    expected, real = logits(models.adapted(out)), models.saved_best
-
-    def rotated(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise checkpoint.CheckpointError("its manifest cannot be read")
-        return real(*args)
-
-    monkeypatch.setattr(models, "saved_best", rotated)
-    with pytest.raises(checkpoint.CheckpointError, match="its manifest"):  # nothing has come after it
-        models.adapted(out)
-    calls.clear()
-    last, told = models.progress_of(out), iter([Progress(batch=1)])
+    expected, last = logits(models.adapted(out)), models.progress_of(out)
+    gone = Progress(batch=1)  # was there, and is not when it is read
+    told = iter([gone, gone])
     monkeypatch.setattr(models, "progress_of", lambda _: next(told, last))
     close(logits(models.adapted(out)), expected)
+    monkeypatch.setattr(models, "progress_of", lambda _: gone)
+    with pytest.raises(ValueError, match="/1"):  # and nothing has come after it
+        models.adapted(out)
 
 
 def test_an_export_replaces_nothing_that_a_run_is_put_together_from(ran, world, tmp_path):
     _, out, _ = ran
     other = tmp_path / "other"
     (other / "adapter").mkdir(parents=True)
-    (other / "config.yaml").write_text("")
+    (other / "run.json").write_text("{}")
     for target in (other / "adapter", out / "checkpoints" / "4", out / "checkpoints"):
         with pytest.raises(
             ExportError, match=f"the run {target.parents[target.parent.name == 'checkpoints']} is put tog"

@@ -64,7 +64,7 @@ def test_the_answer_is_the_best_span_of_all_windows(processor):
     assert (first.text, first.start, first.stop) == ("chair was dull", 27, 41), "an end before the start is no span"
     assert first.text == CONTEXT[first.start : first.stop]
     assert 0 < first.probability < 1
-    assert second.text in ("lamp", "the"), "the best span that is one"
+    assert second.text == "the", "the best span that is one"
     short = [[("start", "chair", 5), ("end", "book", 4)], []]
     assert TASK.decode(observed(processor, RECORDS, short))[0].text != "chair was dull and a book", "too long"
     assert first.record("the film") == {"answer": first.text, "start": 27, "stop": 41, "probability": first.probability}
